@@ -1,0 +1,1 @@
+"""Data loading by plan: everything random is computed up front, loaders only execute it."""
