@@ -1,0 +1,156 @@
+"""The contract between a plan and the loaders that execute it.
+
+A loader gets Work (sample ids, boxes, flips, output sizes, in order) and yields Batches. It has no
+randomness, no shuffle and no sharding of its own. tests/test_loader_contract.py holds every backend to:
+right pixels for (id, box, flip, size), right labels and ids, exactly the batches asked for, a last
+partial (or empty) batch, early break without a leak, epoch after epoch, errors that name the sample.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from pipelines.index import DatasetIndex
+from pipelines.plan import Work
+
+
+class DecodeError(ValueError):
+    """A stored image cannot be decoded. Carries the sample's id; the message names its file."""
+
+    def __init__(self, sample_id: int, name: str, reason: str) -> None:
+        super().__init__(f"sample {sample_id} ({name}): cannot be decoded: {reason}; repair or remove it")
+        self.sample_id, self.name, self.reason = sample_id, name, reason
+
+    def __reduce__(self) -> tuple[type[DecodeError], tuple[int, str, str]]:
+        return DecodeError, (self.sample_id, self.name, self.reason)  # crosses worker processes whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One batch of this rank.
+
+    Attributes:
+        images: one uint8 tensor [n, 3, size, size] RGB a rendering (any strides; decoders like channels
+            last). Normalising belongs to the model that looks at them, on its device.
+        labels: int64 [n].
+        ids: int64 [n], on the CPU: they look up rows in host memory.
+    """
+
+    images: tuple[Tensor, ...]
+    labels: Tensor
+    ids: Tensor
+
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions:
+    """How a backend may use the machine. No option changes a pixel unless its fingerprint says so.
+
+    Attributes:
+        workers: decoding processes or threads.
+        device: where the training runs; a GPU backend decodes there, others pin their host memory for it.
+        classes: class names in label order, for folders (None: sorted folder names).
+        index_cache: where the index of an image folder is kept between runs; None: nowhere.
+    """
+
+    workers: int = 2
+    device: torch.device = CPU
+    classes: tuple[str, ...] | None = None
+    index_cache: Path | None = None
+
+
+class Loader(ABC):
+    """Executes plans over one dataset. Close it, or use it as a context manager."""
+
+    backend: ClassVar[str]
+    index: DatasetIndex
+
+    @classmethod
+    @abstractmethod
+    def open(cls, path: Path, options: LoaderOptions) -> Self:
+        """Open the dataset at `path`. Raises ValueError if this backend cannot read it."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> Mapping[str, str]:
+        """The backend and each of its settings that can change a pixel, for a teacher cache's fingerprint."""
+
+    @abstractmethod
+    def _execute(self, work: Work) -> Generator[Batch, None, None]:
+        """Yield the batches of `work` that have rows, releasing everything when closed early."""
+
+    def epoch(self, work: Work) -> Generator[Batch, None, None]:
+        """Yield `work.batches` batches. A loader runs one epoch at a time: starting one ends the last."""
+        previous = self._running
+        if previous is not None:
+            previous.close()
+        self._running = epoch = self._guard(work)
+        return epoch
+
+    _running: Generator[Batch, None, None] | None = None
+
+    def _guard(self, work: Work) -> Generator[Batch, None, None]:
+        batches = self._execute(work)
+        delivered = 0
+        try:
+            for batch in batches:
+                assert len(batch.ids) == len(range(*work.rows(delivered).indices(len(work.ids))))
+                delivered += 1
+                yield batch
+        finally:
+            batches.close()
+        if delivered == work.batches - 1 and len(work.ids) == delivered * work.batch_size:
+            yield empty_batch(work)  # fewer samples left than ranks: this rank has none, but takes the step
+            delivered += 1
+        assert delivered == work.batches, f"{self.backend}: {delivered} of {work.batches} batches"
+
+    def close(self) -> None:
+        """End the running epoch and release workers, files and memory. May be called twice."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def empty_batch(work: Work) -> Batch:
+    """A batch of no rows with the shapes of `work`."""
+    images = tuple(torch.empty(0, 3, r.size, r.size, dtype=torch.uint8) for r in work.renderings)
+    nothing = torch.empty(0, dtype=torch.int64)
+    return Batch(images=images, labels=nothing, ids=nothing)
+
+
+# Backend name -> module and class, imported when asked for: FFCV and DALI are optional.
+BACKENDS: dict[str, str] = {
+    "torch": "pipelines.torch_loader:TorchLoader",
+    "resident": "pipelines.resident_loader:ResidentLoader",
+}
+
+
+def open_loader(backend: str, path: Path, options: LoaderOptions) -> Loader:
+    """Open `path` with a backend by name.
+
+    Raises ValueError for an unknown backend, a missing optional package (with what to install), or a
+    dataset that the backend cannot read.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"data.backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    module, _, name = BACKENDS[backend].partition(":")
+    loader_class: type[Loader] = getattr(importlib.import_module(module), name)
+    return loader_class.open(path, options)

@@ -1,0 +1,147 @@
+"""The plan of an epoch: which samples, in which order, on which rank, seen through which box.
+
+Everything here is pure and vectorised. Global batch s of an epoch is order[s*B : (s+1)*B], and rank r
+of W takes rows n*r//W to n*(r+1)//W of its n rows. So the data seen does not depend on the number of
+ranks or workers, on the backend, or on where a run was resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.index import DatasetIndex
+from pipelines.views import Boxes, Flips, ViewFamily, hash_key
+
+# Paged order: samples of a page lie beside each other on disk; a window of pages is mixed in memory.
+PAGE_SAMPLES = 256
+WINDOW_PAGES = 32
+
+
+def _random(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    key = hash_key(seed, np.arange(count), epoch)
+    return np.argsort(key, kind="stable")
+
+
+def _paged(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    pages = -(-count // PAGE_SAMPLES)
+    page_rank = np.empty(pages, np.int64)
+    page_rank[_random(pages, seed ^ 0x5041_4745, epoch)] = np.arange(pages)
+    window = page_rank[np.arange(count) // PAGE_SAMPLES] // WINDOW_PAGES
+    return np.lexsort((hash_key(seed, np.arange(count), epoch), window))
+
+
+def _sequential(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.arange(count)
+
+
+ORDERS: dict[str, Callable[[int, int, int], NDArray[np.int64]]] = {
+    "random": _random,
+    "paged": _paged,
+    "sequential": _sequential,
+}
+
+
+def order(count: int, *, seed: int, epoch: int, kind: str = "random") -> NDArray[np.int64]:
+    """The order of sample ids [count] int64 in an epoch: a permutation, a function of its arguments only.
+
+    `random` is a full shuffle. `paged` shuffles pages of 256 neighbouring samples, then the samples
+    within windows of 32 pages: for sets larger than memory on slow storage. `sequential` does neither.
+    """
+    if kind not in ORDERS:
+        raise ValueError(f"order: got {kind!r}, expected one of {', '.join(ORDERS)}")
+    return ORDERS[kind](count, seed, epoch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """One picture to make of every sample: crop the box, resize it to size x size, mirror it if flipped."""
+
+    boxes: Boxes  # [M, 4] top, left, height, width in the stored image; may reach outside, which reads 0
+    flips: Flips  # [M]
+    size: int  # output height and width, pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one loader executes in one epoch: `batches` batches of `batch_size` rows, the last one shorter.
+
+    The last batch may have no rows (fewer samples left than ranks): it is delivered all the same, so
+    that every rank takes the same number of steps.
+    """
+
+    ids: NDArray[np.int64]  # [M] sample ids in order
+    renderings: tuple[Rendering, ...]  # of the same rows; decode once, render each
+    batch_size: int
+    batches: int
+
+    def __post_init__(self) -> None:
+        assert self.batch_size > 0 and self.batches >= 0
+        assert len(self.ids) <= self.batch_size * self.batches
+        assert len(self.ids) > self.batch_size * (self.batches - 2), "only the last batch may be short"
+        assert all(len(r.boxes) == len(r.flips) == len(self.ids) for r in self.renderings)
+
+    def rows(self, batch: int) -> slice:
+        """The rows of batch number `batch`."""
+        return slice(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.ids)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochPlan:
+    """The plan of one epoch over one dataset.
+
+    Attributes:
+        index: the dataset; its stored sizes place the boxes.
+        family: how boxes are drawn.
+        view_seed, view: seed of the views and which view this epoch shows (epoch modulo stored views).
+        order: sample ids [N] in global order.
+        batch_size: global, over all ranks.
+    """
+
+    index: DatasetIndex
+    family: ViewFamily
+    view_seed: int
+    view: int
+    order: NDArray[np.int64]
+    batch_size: int
+
+    @property
+    def steps(self) -> int:
+        return -(-len(self.order) // self.batch_size)
+
+    def rows(self, step: int) -> int:
+        """Rows of global batch `step`, over all ranks."""
+        return min(self.batch_size, len(self.order) - step * self.batch_size)
+
+    def work(self, sizes: tuple[int, ...], *, rank: int = 0, world_size: int = 1, start_step: int = 0) -> Work:
+        """This rank's part from `start_step` on, rendered once at each of `sizes` (pixels).
+
+        Raises ValueError if the batch has fewer rows than there are ranks.
+        """
+        if self.batch_size < world_size:
+            raise ValueError(
+                f"data.batch_size: got {self.batch_size} for {world_size} processes, expected at least one "
+                "row a process (the batch size is global)"
+            )
+        full, rest = divmod(len(self.order), self.batch_size)
+        first, last = _share(self.batch_size, rank, world_size)
+        rest_first, rest_last = _share(rest, rank, world_size)
+        start = min(start_step, full)
+        body = self.order[start * self.batch_size : full * self.batch_size]
+        body = body.reshape(-1, self.batch_size)[:, first:last].reshape(-1)
+        tail = self.order[full * self.batch_size :][rest_first:rest_last] if start_step <= full else body[:0]
+        ids = np.concatenate([body, tail])
+        boxes, flips = self.family.boxes(self.view_seed, ids, self.view, self.index.sizes[ids])
+        return Work(
+            ids=ids,
+            renderings=tuple(Rendering(boxes=boxes, flips=flips, size=size) for size in sizes),
+            batch_size=last - first,
+            batches=max(self.steps - start_step, 0),
+        )
+
+
+def _share(rows: int, rank: int, world_size: int) -> tuple[int, int]:
+    return rows * rank // world_size, rows * (rank + 1) // world_size

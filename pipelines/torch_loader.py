@@ -1,0 +1,154 @@
+"""The torchvision executor: decode and resize as tensors in worker processes.
+
+Reads an ImageFolder tree. JPEG, PNG, GIF and WebP are decoded by torchvision.io, the rest by Pillow;
+both give the same pixels for a JPEG (docs of the file formats: see docs/backends.md). EXIF rotation is
+not applied, as in torchvision's ImageFolder. Resizing is torchvision's antialiased bilinear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
+from pipelines.index import DatasetIndex, index_image_folder
+from pipelines.plan import Work
+
+
+class _Request(NamedTuple):
+    """One batch to make: all a worker needs to know, so that workers hold no state of an epoch."""
+
+    ids: NDArray[np.int64]
+    views: list[tuple[NDArray[np.int32], NDArray[np.bool_], int]]  # boxes [n, 4], flips [n], size
+
+
+class TorchLoader(Loader):
+    """Executes plans over an ImageFolder with torchvision in worker processes."""
+
+    backend = "torch"
+
+    def __init__(self, root: Path, index: DatasetIndex, options: LoaderOptions) -> None:
+        self.index = index
+        self._requests = _Requests()
+        self._loader = DataLoader(
+            _Executor(root, index),
+            batch_size=None,  # a request is a whole batch: one worker decodes it, no collation
+            sampler=self._requests,
+            num_workers=options.workers,
+            persistent_workers=options.workers > 0,
+            pin_memory=options.device.type == "cuda",
+        )
+
+    @classmethod
+    def open(cls, path: Path, options: LoaderOptions) -> Self:
+        index = index_image_folder(path, classes=options.classes, cache=options.index_cache)
+        return cls(path, index, options)
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        return {"backend": "torch", "decode": "torchvision.io", "resize": "bilinear, antialiased, uint8"}
+
+    def _execute(self, work: Work) -> Generator[Batch, None, None]:
+        self._requests.work = work
+        iterator = iter(self._loader)
+        for images, labels, ids in iterator:
+            yield Batch(images=tuple(images), labels=labels, ids=ids)
+
+    def close(self) -> None:
+        super().close()
+        iterator = self._loader._iterator  # persistent workers live as long as this iterator
+        if iterator is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self._loader._iterator = None
+
+
+class _Requests(Sampler[_Request]):
+    """The batches of the current epoch, as the sampler of a DataLoader that outlives epochs."""
+
+    work: Work | None = None
+
+    def __iter__(self) -> Iterator[_Request]:
+        work = self.work
+        assert work is not None
+        for number in range(work.batches):
+            rows = work.rows(number)
+            if len(work.ids[rows]):
+                views = [(r.boxes[rows], r.flips[rows], r.size) for r in work.renderings]
+                yield _Request(work.ids[rows], views)
+
+
+class _Executor(Dataset[tuple[list[Tensor], Tensor, Tensor]]):
+    def __init__(self, root: Path, index: DatasetIndex) -> None:
+        self._root, self._index = root, index
+
+    def __getitem__(self, request: _Request) -> tuple[list[Tensor], Tensor, Tensor]:
+        ids, views = request
+        images = [torch.empty(len(ids), size, size, 3, dtype=torch.uint8) for _, _, size in views]
+        for row, sample_id in enumerate(ids):
+            image = self._decode(int(sample_id))
+            for out, (boxes, flips, size) in zip(images, views, strict=True):
+                out[row] = render(image, boxes[row], bool(flips[row]), size).permute(1, 2, 0)
+        labels = torch.from_numpy(self._index.labels[ids])
+        return [image.permute(0, 3, 1, 2) for image in images], labels, torch.from_numpy(ids)
+
+    def _decode(self, sample_id: int) -> Tensor:
+        name = self._index.names[sample_id]
+        try:
+            data = (self._root / name).read_bytes()
+            image = decode(data)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise DecodeError(sample_id, name, str(error).splitlines()[0]) from None
+        stored = tuple(self._index.sizes[sample_id])
+        if tuple(image.shape[1:]) != stored:
+            raise DecodeError(
+                sample_id,
+                name,
+                f"it is {image.shape[1]}x{image.shape[2]} pixels now and was {stored[0]}x{stored[1]} when the "
+                "index was made",
+            )
+        return image
+
+
+# torchvision.io knows these by their first bytes; everything else goes to Pillow.
+_TORCHVISION_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8")
+
+
+def decode(data: bytes) -> Tensor:
+    """Decode an encoded image to uint8 [3, H, W] RGB, without EXIF rotation.
+
+    Raises RuntimeError, OSError or ValueError (of the decoding library) for damaged data.
+    """
+    if data.startswith(_TORCHVISION_MAGIC):
+        # a copy, since torch wants writable memory
+        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        if image.ndim == 3 and image.dtype == torch.uint8:
+            return image
+    return decode_with_pillow(data)
+
+
+def decode_with_pillow(data: bytes) -> Tensor:
+    """The same by Pillow: slower, knows more formats, and the oracle that tests hold decoders against."""
+    import io
+
+    with Image.open(io.BytesIO(data)) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def render(image: Tensor, box: NDArray[np.int32], flip: bool, size: int) -> Tensor:
+    """Crop `box` (top, left, height, width) of uint8 [3, H, W], resize to [3, size, size], mirror."""
+    top, left, height, width = (int(value) for value in box)
+    crop = F.crop_image(image, top, left, height, width)  # fills with 0 outside the image
+    if (height, width) != (size, size):
+        crop = F.resize_image(crop, [size, size], interpolation=InterpolationMode.BILINEAR, antialias=True)
+    return F.horizontal_flip_image(crop) if flip else crop
