@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +68,7 @@ class DatasetIndex:
     def save(self, folder: Path) -> None:
         """Write the index into `folder`; index.json last, so that a half-written index is never opened."""
         folder.mkdir(parents=True, exist_ok=True)
-        arrays = {
+        arrays: dict[str, NDArray[Any] | None] = {
             "labels": self.labels,
             "sizes": self.sizes,
             "offsets": self.offsets,
