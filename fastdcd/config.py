@@ -1,0 +1,427 @@
+"""The configuration: frozen dataclasses, read strictly from YAML and from --set section.key=value.
+
+An unknown key fails with its path and the nearest known one; a wrong type says what was expected. A
+file may start from others: `base: ../base.yaml` (or a list) is read first, and what follows overrides it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the images are and how they are read."""
+
+    __pydantic_config__ = _STRICT
+    train: Path
+    """Training set: an ImageFolder tree (torch, dali) or what tools/convert.py wrote for the backend."""
+    val: Path
+    """Validation set, in the same format."""
+    backend: str = "torch"
+    """Executor of the plan: torch | resident | ffcv | dali."""
+    order: Literal["random", "paged", "sequential"] = "random"
+    """random: a full shuffle an epoch. paged: neighbours on disk stay close, for sets larger than memory."""
+    workers: Count = 2
+    """Decoding processes or threads of each training process."""
+    batch_size: Positive = 256
+    """Images of one optimizer step, over all processes."""
+    device: str = "auto"
+    """auto, cpu, cuda: where training runs. auto takes the GPU if there is one."""
+    classes: Path | None = None
+    """A file of class names in label order, for folders; without it, sorted folder names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """How an image is cropped and mirrored in training. A teacher cache is valid for one such choice."""
+
+    __pydantic_config__ = _STRICT
+    family: Literal["random_resized_crop", "pad_crop", "center"] = "random_resized_crop"
+    scale: tuple[float, float] = (0.08, 1.0)
+    """random_resized_crop: share of the image's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """random_resized_crop: width over height."""
+    padding: Count = 4
+    """pad_crop: black pixels around the stored image."""
+    crop_ratio: Fraction = 1.0
+    """center: side of the crop over the shorter side of the image."""
+    flip: Fraction = 0.5
+    """Probability of mirroring."""
+    seed: int = 0
+    """Seed of the boxes and flips, apart from run.seed: students of different seeds share one cache."""
+    count: Count = 0
+    """Views of each image, shown in turn: epoch e shows view e modulo count. 0: a new one every epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """The network that is trained."""
+
+    __pydantic_config__ = _STRICT
+    model: str
+    """torchvision:NAME, timm:NAME, cifar:NAME or path/to/file.py:callable."""
+    classes: Positive | None = None
+    """Number of classes; the dataset's own number if not given. Another number is an error."""
+    checkpoint: Path | None = None
+    """Weights to start from."""
+    image_size: Positive | dict[int, Positive] = 224
+    """Pixels, or first epoch -> pixels for progressive resizing, as in {0: 160, 10: 192}."""
+    channels_last: bool = True
+    sync_bn: bool = False
+    """BatchNorm statistics over all processes instead of over each one's own rows."""
+    mean: tuple[float, float, float] | None = None
+    """Normalisation, in 0..1 units; the model's own convention if not given."""
+    std: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The frozen network that teaches."""
+
+    __pydantic_config__ = _STRICT
+    mode: Literal["none", "online", "fill", "cached"] = "none"
+    """none: train without one. online: a forward pass every step. cached: features from cache.path, filled by
+    tools/cache_teacher.py. fill: online for the first views.count epochs, writing the cache; then cached."""
+    model: str | None = None
+    checkpoint: Path | None = None
+    """.safetensors or .pth of the teacher."""
+    checkpoint_by_order: bool = False
+    """Match the checkpoint's tensors by order and shape instead of by name."""
+    image_size: Positive | None = None
+    """Pixels at which the teacher sees the box; student.image_size if not given (and constant)."""
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the teacher's forward pass; part of a cache's fingerprint."""
+    evaluate: bool = True
+    """Measure and print the teacher's accuracy before training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """The teacher cache."""
+
+    __pydantic_config__ = _STRICT
+    path: Path | None = None
+    """Its folder; required by teacher.mode fill and cached."""
+    dtype: Literal["fp16", "bf16", "fp32", "uint8"] = "fp16"
+    """How features are stored. uint8 keeps an offset and a step for each row."""
+    check_rows: Count = 16
+    """Rows recomputed with the live teacher when a cache is opened."""
+    allow_backend: tuple[str, ...] = ()
+    """Pairs such as "ffcv->dali": read a cache filled through the first while training with the second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Weights and settings of the loss terms. A weight of 0 switches a term off and costs nothing."""
+
+    __pydantic_config__ = _STRICT
+    ce: Weight = 1.0
+    """Cross-entropy with the labels."""
+    kd: Weight = 0.0
+    """Hinton's distillation: T^2 KL(teacher || student) at temperature T."""
+    dcd: Weight = 0.0
+    """DCD (arXiv 2407.11802): contrast + alpha * consistency of pooled features."""
+    alpha: Weight = 0.5
+    """Weight of DCD's consistency term."""
+    kd_temperature: Annotated[float, Field(gt=0)] = 4.0
+    feat_dim: Positive = 128
+    """Dimensions of DCD's embedding."""
+    tau_init: Annotated[float, Field(gt=0)] = math.e
+    """DCD's learnable temperature at the start (the paper's t = 1, tau = e)."""
+    tau_max: Annotated[float, Field(gt=0, le=40)] = 10.0
+    negatives: Literal["global", "local"] = "global"
+    """DCD's negatives: the rows of all processes, or of each one's own."""
+    mask_same_class: bool = False
+    """Leave pairs of the same class out of DCD's negatives (the paper keeps them)."""
+    form: Literal["auto", "naive", "compiled", "tiled", "triton"] = "auto"
+    """How DCD is computed; auto takes what was measured to be fastest."""
+    label_smoothing: Fraction = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.ce or self.kd):
+            raise ValueError("ce and kd are both 0: nothing would train the classifier; set one above 0")
+        if self.tau_init > self.tau_max:
+            raise ValueError(f"tau_init: got {self.tau_init}, expected at most tau_max = {self.tau_max}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The optimizer."""
+
+    __pydantic_config__ = _STRICT
+    name: str = "sgd"
+    """sgd, adamw (torch), or timm:NAME."""
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Fraction = 0.9
+    nesterov: bool = False
+    weight_decay: Weight = 5e-4
+    decay_norms_and_biases: bool = False
+    """True decays every weight of the student, as the CIFAR recipes of the literature do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate as a function of the step; optim.lr is its peak."""
+
+    __pydantic_config__ = _STRICT
+    name: Literal["constant", "step", "cosine", "triangular", "one_cycle"] = "cosine"
+    warmup: Weight = 0.0
+    """Epochs of linear warm-up (triangular, one_cycle: until the peak)."""
+    milestones: tuple[float, ...] = ()
+    """step: epochs after which the rate is multiplied by gamma."""
+    gamma: Fraction = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The loop."""
+
+    __pydantic_config__ = _STRICT
+    epochs: Positive = 100
+    max_steps: Count = 0
+    """Stop after this many steps, for a quick try; 0: no limit. The schedule does not change."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    """torch.compile the student."""
+    accumulate: Positive = 1
+    """Split each batch into this many parts to save memory; the optimizer still steps once a batch. BatchNorm
+    and DCD's negatives then see a part at a time."""
+    clip: Weight = 0.0
+    """Largest norm of the gradient; 0: no clipping."""
+    checkpoint_every: Count = 0
+    """Steps between checkpoints, beside the one after every epoch; 0: only those."""
+    keep_checkpoints: Positive = 2
+    log_every: Positive = 50
+    """Steps between lines in metrics.jsonl. Each costs one wait for the device."""
+    resume: str = "none"
+    """none, auto (from the newest checkpoint in run.dir, or from the start), or a checkpoint's path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Evaluation on data.val."""
+
+    __pydantic_config__ = _STRICT
+    every: Positive = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    image_size: Positive | None = None
+    """Pixels; the student's last training size if not given."""
+    crop_ratio: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Side of the centre crop over the shorter side of the image (timm's crop_pct)."""
+    flip: bool = False
+    """Average the logits with those of the mirrored image."""
+    batch_size: Positive = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where results go."""
+
+    __pydantic_config__ = _STRICT
+    dir: Path | None = None
+    """The run's folder; runs/NAME-OF-THE-CONFIG if not given."""
+    seed: int = 0
+    """Seed of the order, the initial weights and dropout."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Accelerate's trackers beside metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment."""
+
+    __pydantic_config__ = _STRICT
+    data: Data
+    student: Student
+    views: Views = field(default_factory=Views)
+    teacher: Teacher = field(default_factory=Teacher)
+    cache: Cache = field(default_factory=Cache)
+    loss: Loss = field(default_factory=Loss)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
+    run: Run = field(default_factory=Run)
+
+    def __post_init__(self) -> None:
+        if self.teacher.mode == "none" and (self.loss.kd or self.loss.dcd):
+            raise ValueError(
+                "teacher.mode is none but loss.kd or loss.dcd is above 0; set teacher.mode to online, fill or "
+                "cached, or both weights to 0"
+            )
+        if self.teacher.mode != "none" and self.teacher.model is None:
+            raise ValueError(f"teacher.mode is {self.teacher.mode} but teacher.model is missing")
+        if self.teacher.mode in ("fill", "cached") and self.cache.path is None:
+            raise ValueError(f"teacher.mode is {self.teacher.mode} but cache.path is missing")
+        progressive = isinstance(self.student.image_size, dict)
+        if self.teacher.mode != "none" and self.teacher.image_size is None and progressive:
+            raise ValueError("student.image_size changes with the epoch: teacher.image_size is needed")
+
+    @property
+    def view_count(self) -> int:
+        """Distinct views of every image: views.count, or one an epoch."""
+        return self.views.count or self.train.epochs
+
+    def student_size(self, epoch: int) -> int:
+        """The student's image size in an epoch, pixels."""
+        size = self.student.image_size
+        if isinstance(size, int):
+            return size
+        return size[max((first for first in size if first <= epoch), default=min(size))]
+
+    @property
+    def teacher_size(self) -> int:
+        """The teacher's image size, pixels."""
+        return self.teacher.image_size or self.student_size(0)
+
+    @property
+    def eval_size(self) -> int:
+        """The student's image size in evaluation, pixels."""
+        return self.eval.image_size or self.student_size(self.train.epochs - 1)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides of the form section.key=value (the value is YAML).
+
+    Raises ValueError, one line a mistake: the key's path, what was got, what was expected, the nearest key.
+    """
+    tree = _read(path, ())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"--set {override}: expected section.key=value")
+        parts = key.strip().split(".")
+        node = tree
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"--set {override}: {part} is not a section")
+        node[parts[-1]] = _yaml(text, f"--set {override}")
+    config = parse(tree, str(path))
+    if config.run.dir is None:
+        tree.setdefault("run", {})["dir"] = f"runs/{path.stem}"
+        config = parse(tree, str(path))
+    return config
+
+
+def parse(tree: Mapping[str, Any], source: str) -> Config:
+    """Check a nested dictionary against Config. Raises ValueError with one line a mistake."""
+    try:
+        # Strict JSON mode: lists become tuples and strings paths, but "3" is no number.
+        return _ADAPTER.validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{source}: {_explain(each)}" for each in error.errors())) from None
+
+
+def dump(config: Config) -> str:
+    """The complete configuration as YAML: what a run stores, and what `load` reads again."""
+    tree = json.loads(_ADAPTER.dump_json(config))
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+_ADAPTER = TypeAdapter(Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4) and a key may stand only once."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice:
+        raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise ValueError(f"{source}: not valid YAML{where}: {getattr(error, 'problem', error)}") from None
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config file")
+    if path.resolve() in seen:
+        raise ValueError(f"{path}: is its own base")
+    tree = _yaml(path.read_text(), str(path))
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: expected sections (data, student, ...), got {type(tree).__name__}")
+    bases = tree.pop("base", [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = _merge(merged, _read(path.parent / base, (*seen, path.resolve())))
+    return _merge(merged, tree)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        # only sections merge: a value that is itself a mapping (image_size by epoch) replaces the other
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **value} if both else value
+    return merged
+
+
+def _explain(error: Any) -> str:
+    # pydantic puts the branch of a union into the path (constrained-int): not a name the user wrote
+    location = [str(part) for part in error["loc"] if re.fullmatch(r"\w+", str(part))]
+    path = ".".join(location)
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{path}: no such key; {_nearest(location)}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{path}: is missing and has no default"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: got {error['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _nearest(location: Sequence[str]) -> str:
+    """What the user may have meant by an unknown key: a similar one beside it, or the same in another section."""
+    section, key = list(location[:-1]), location[-1]
+    known = _keys_at(section)
+    near = [[*section, name] for name in difflib.get_close_matches(key, known, n=1)]
+    elsewhere = [[name, key] for name in _keys_at([]) if key in _keys_at([name])]
+    for candidate in near + elsewhere:
+        return f"did you mean {'.'.join(candidate)}?"
+    return f"known: {', '.join(known)}"
+
+
+def _keys_at(location: Sequence[str]) -> list[str]:
+    node: Any = Config
+    for part in location:
+        node = get_type_hints(node).get(part)
+    return [each.name for each in fields(node)] if is_dataclass(node) else []
