@@ -6,6 +6,7 @@ file may start from others: `base: ../base.yaml` (or a list) is read first, and 
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import math
@@ -297,6 +298,19 @@ class Config:
     def eval_size(self) -> int:
         """The student's image size in evaluation, pixels."""
         return self.eval.image_size or self.student_size(self.train.epochs - 1)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every program that works from a config: --config FILE and --set section.key=value ..."""
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the experiment's YAML file")
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="section.key=value",
+        help="override the file; the value is YAML",
+    )
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:

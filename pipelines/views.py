@@ -13,6 +13,7 @@ values in tests/test_views.py pin them.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -214,3 +215,10 @@ FAMILIES: dict[str, Callable[..., ViewFamily]] = {
 def describe(family: ViewFamily) -> dict[str, object]:
     """A family's name and settings, for fingerprints and messages."""
     return {"family": family.name, **asdict(family)}  # type: ignore[call-overload]
+
+
+def table_digest(family: ViewFamily, seed: int, sizes: NDArray[np.int32]) -> str:
+    """32 hex digits over view 0 of all samples, stored sizes [N, 2]: two machines that draw different boxes
+    (another rounding of exp, say) are told apart by it."""
+    boxes, flips = family.boxes(seed, np.arange(len(sizes)), 0, sizes)
+    return hashlib.blake2b(boxes.astype("<i4").tobytes() + flips.tobytes(), digest_size=16).hexdigest()

@@ -1,0 +1,332 @@
+"""The teacher cache: pooled features of (sample, view), stored once, read beside the images.
+
+On disk a cache is a folder:
+
+    manifest.json              rows, feature dimensions, dtype, views, and the fingerprint of what they are of
+    classifier.safetensors     the teacher's final linear layer: logits are recomputed from features
+    view-000.npy               uint8 [rows, bytes a row], memory-mapped; `.view(dtype)` of a row is its features
+    view-000.done.npy          uint8 [rows], 1 where a row is written; while the view is being filled
+    view-000.crc32.npy         uint32 [blocks], one for 1024 rows; its presence says that the view is complete
+
+Rows reach the disk before their done marks, so a fill killed at any moment goes on where it was. A view
+is readable once complete. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastdcd import weights
+from pipelines.files import replace_file, write_json
+
+FORMAT = "fastdcd-cache-1"
+BLOCK_ROWS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec:
+    """How a row of features becomes bytes.
+
+    Attributes:
+        row_bytes: bytes of a row of d features.
+        encode: float32 [n, d] -> uint8 [n, row_bytes].
+        decode: uint8 [n, row_bytes] -> float32 [n, d]; runs on any device.
+        cosine: least cosine between a stored row and the same row recomputed.
+    """
+
+    row_bytes: Callable[[int], int]
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    cosine: float
+
+
+def _plain(dtype: torch.dtype, cosine: float) -> Codec:
+    return Codec(
+        row_bytes=lambda dim: dim * dtype.itemsize,
+        encode=lambda features: features.to(dtype).contiguous().view(torch.uint8),
+        decode=lambda rows: rows.view(dtype).float(),
+        cosine=cosine,
+    )
+
+
+def _encode_uint8(features: Tensor) -> Tensor:
+    """Each row as codes 0..255 between its own least and greatest value, then those two as float32."""
+    low, high = features.aminmax(dim=1, keepdim=True)  # [n, 1]
+    step = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = ((features - low) / step).round_().to(torch.uint8)
+    return torch.cat([codes, torch.cat([low, step], 1).contiguous().view(torch.uint8)], 1)
+
+
+def _decode_uint8(rows: Tensor) -> Tensor:
+    low, step = rows[:, -8:].contiguous().view(torch.float32).split(1, dim=1)  # [n, 1] each
+    return rows[:, :-8] * step + low
+
+
+CODECS: dict[str, Codec] = {
+    "fp32": _plain(torch.float32, 0.99999),
+    "fp16": _plain(torch.float16, 0.9999),
+    "bf16": _plain(torch.bfloat16, 0.999),
+    "uint8": Codec(row_bytes=lambda dim: dim + 8, encode=_encode_uint8, decode=_decode_uint8, cosine=0.999),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a cache holds."""
+
+    rows: int
+    dim: int
+    views: int
+    dtype: str
+    fingerprint: Mapping[str, str]
+
+    @property
+    def codec(self) -> Codec:
+        return CODECS[self.dtype]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.codec.row_bytes(self.dim)
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of one view on disk, done marks and checksums included."""
+        return self.rows * (self.row_bytes + 1) + 4 * -(-self.rows // BLOCK_ROWS)
+
+
+class CacheMismatch(ValueError):
+    """A cache is of something else: another teacher, dataset, view family, seed or backend."""
+
+
+class TeacherCache:
+    """One cache folder, opened for reading and writing.
+
+    Reading needs no lock. Writing takes one: `lock_for_filling` refuses a second writer.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._features: dict[int, NDArray[np.uint8]] = {}
+        self._done: dict[int, NDArray[np.uint8]] = {}
+        self._unmarked: list[tuple[int, NDArray[np.int64]]] = []  # rows written but not yet flushed
+
+    # ---- opening
+
+    @classmethod
+    def open(cls, path: Path) -> TeacherCache:
+        """Open an existing cache. Raises ValueError if there is none, or one of another format."""
+        manifest_path = path / "manifest.json"
+        if not manifest_path.is_file():
+            raise ValueError(
+                f"{path}: no teacher cache here; fill one: python tools/cache_teacher.py fill --config ... "
+                f"--set cache.path={path}"
+            )
+        tree = json.loads(manifest_path.read_text())
+        if tree.pop("format", None) != FORMAT:
+            raise ValueError(f"{manifest_path}: not of format {FORMAT}; fill the cache again in a new folder")
+        return cls(path, Manifest(**tree))
+
+    @classmethod
+    def create(cls, path: Path, manifest: Manifest, classifier: nn.Linear) -> TeacherCache:
+        """Start a cache, or open the one that is there. Raises CacheMismatch if that is of something else.
+
+        Raises ValueError if the disk has less free space than the cache will take.
+        """
+        if (path / "manifest.json").is_file():
+            cache = cls.open(path)
+            cache.check(manifest)
+            return cache
+        path.mkdir(parents=True, exist_ok=True)
+        need, free = manifest.views * manifest.view_bytes, _free_bytes(path)
+        if free < need:
+            raise ValueError(
+                f"{path}: the cache takes {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; choose another "
+                "cache.path, fewer views.count, or cache.dtype uint8"
+            )
+        bias = classifier.bias
+        if bias is None:
+            bias = classifier.weight.new_zeros(classifier.out_features)
+        weights.save(path / "classifier.safetensors", {"weight": classifier.weight, "bias": bias})
+        write_json(
+            path / "manifest.json",
+            {"format": FORMAT, **vars(manifest), "fingerprint": dict(manifest.fingerprint)},
+        )
+        return cls(path, manifest)
+
+    def check(self, expected: Manifest, *, allow: tuple[str, ...] = ()) -> None:
+        """Compare with what this run would fill. Raises CacheMismatch that names both values.
+
+        A cache may have more views than are asked for. `allow` lists backend pairs "FROM->TO" that may
+        differ in their backend and its settings.
+        """
+        mine, theirs = self.manifest, expected
+        for name in ("rows", "dim", "dtype"):
+            self._compare(name, getattr(mine, name), getattr(theirs, name))
+        if mine.views < theirs.views:
+            self._compare("views", mine.views, theirs.views)
+        pair = f"{mine.fingerprint.get('loader.backend')}->{theirs.fingerprint.get('loader.backend')}"
+        for name in sorted({*mine.fingerprint, *theirs.fingerprint}):
+            if name.startswith("loader.") and pair in allow:
+                continue
+            self._compare(name, mine.fingerprint.get(name), theirs.fingerprint.get(name))
+
+    def _compare(self, name: str, stored: object, wanted: object) -> None:
+        if stored != wanted:
+            hint = " (or allow the pair with cache.allow_backend)" if name.startswith("loader.") else ""
+            raise CacheMismatch(
+                f"{self.path}: the cache was filled with {name} = {stored}, this run has {wanted}; change the "
+                f"config back or fill another cache.path{hint}"
+            )
+
+    def classifier(self) -> nn.Linear:
+        """The teacher's final layer, frozen."""
+        tensors = load_file(self.path / "classifier.safetensors")
+        classes, dim = tensors["weight"].shape
+        layer = nn.Linear(dim, classes).requires_grad_(False)
+        layer.load_state_dict(tensors)
+        return layer
+
+    # ---- reading
+
+    def complete(self, view: int) -> bool:
+        """Whether every row of a view is written and summed."""
+        return self._path(view, "crc32").is_file()
+
+    def read(self, view: int, ids: Tensor) -> Tensor:
+        """Stored rows uint8 [n, row_bytes] of samples `ids` int64 [n]; `manifest.codec.decode` makes features.
+
+        Raises ValueError if the view is not complete or its file is cut short.
+        """
+        if view not in self._features:
+            if not self.complete(view):
+                raise ValueError(
+                    f"{self.path}: view {view} is not complete; go on filling it: tools/cache_teacher.py fill"
+                )
+            self._features[view] = self._map(view, "r")
+        return torch.from_numpy(self._features[view][ids.numpy()])
+
+    def verify(self, view: int) -> list[range]:
+        """Ranges of rows whose checksum is wrong: empty if all of a complete view is as written."""
+        stored = np.load(self._path(view, "crc32"), allow_pickle=False)
+        actual = _block_sums(self._map(view, "r"))
+        return [
+            range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.manifest.rows))
+            for block in np.flatnonzero(stored != actual).tolist()
+        ]
+
+    # ---- writing
+
+    def lock_for_filling(self) -> IO[str]:
+        """Take the right to write until the returned file is closed. Raises ValueError if another has it."""
+        file = (self.path / "fill.lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise ValueError(f"{self.path}: another process is filling this cache; wait for it") from None
+        return file
+
+    def start(self, view: int) -> None:
+        """Lay out a view's files if they are not there. One process does this before others write."""
+        shape = (self.manifest.rows, self.manifest.row_bytes)
+        for kind, size in (("", shape), ("done", shape[:1])):
+            path = self._path(view, kind)
+            if not path.is_file():
+                with replace_file(path) as file:  # sparse: takes no space until rows are written
+                    header = {"descr": "|u1", "fortran_order": False, "shape": size}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    file.truncate(file.tell() + int(np.prod(size)))
+
+    def done(self, view: int) -> NDArray[np.bool_]:
+        """Which rows [rows] of a view are written."""
+        if self.complete(view):
+            return np.ones(self.manifest.rows, np.bool_)
+        path = self._path(view, "done")
+        return (
+            np.load(path, allow_pickle=False).astype(np.bool_)
+            if path.is_file()
+            else np.zeros(self.manifest.rows, np.bool_)
+        )
+
+    def write(self, view: int, ids: Tensor, features: Tensor) -> None:
+        """Store features float32 [n, d] of samples `ids` int64 [n] of a started view; see `flush`."""
+        if view not in self._done:
+            self._features[view] = self._map(view, "r+")
+            self._done[view] = np.load(self._path(view, "done"), mmap_mode="r+", allow_pickle=False)
+        rows = ids.cpu().numpy()
+        self._features[view][rows] = self.manifest.codec.encode(features.float().cpu()).numpy()
+        self._unmarked.append((view, rows))
+
+    def flush(self) -> None:
+        """Bring written rows to the disk, and only then mark them as done."""
+        written, self._unmarked = self._unmarked, []
+        views = {view for view, _ in written}
+        for view in views:
+            self._features[view].flush()  # type: ignore[attr-defined]  # a memmap
+        for view, rows in written:
+            self._done[view][rows] = 1
+        for view in views:
+            self._done[view].flush()  # type: ignore[attr-defined]
+
+    def finish(self, view: int) -> None:
+        """Sum a view whose rows are all done: from here on it can be read. One process does this."""
+        assert self.done(view).all(), f"view {view} has rows that were never written"
+        with replace_file(self._path(view, "crc32")) as file:
+            np.save(file, _block_sums(self._map(view, "r")), allow_pickle=False)
+        self.release(view)
+        self._path(view, "done").unlink()
+
+    def release(self, view: int) -> None:
+        """Let go of a view's files as this process has them open for writing."""
+        self._features.pop(view, None)
+        self._done.pop(view, None)
+
+    def reopen(self, view: int, rows: list[range]) -> None:
+        """Take rows of a complete view back for refilling (after `verify` found them damaged)."""
+        done = np.ones(self.manifest.rows, np.uint8)
+        for block in rows:
+            done[block.start : block.stop] = 0
+        with replace_file(self._path(view, "done")) as file:
+            np.save(file, done, allow_pickle=False)
+        self._path(view, "crc32").unlink()
+        self.release(view)
+
+    # ---- files
+
+    def _path(self, view: int, kind: str) -> Path:
+        return self.path / (f"view-{view:03d}.{kind}.npy" if kind else f"view-{view:03d}.npy")
+
+    def _map(self, view: int, mode: Literal["r", "r+"]) -> NDArray[np.uint8]:
+        path = self._path(view, "")
+        try:
+            array = np.load(path, mmap_mode=mode, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: damaged or cut short ({error}); run tools/cache_teacher.py fill") from None
+        expected = (self.manifest.rows, self.manifest.row_bytes)
+        if array.shape != expected or array.dtype != np.uint8:
+            raise ValueError(f"{path}: got {array.dtype} {array.shape}, expected uint8 {expected}")
+        return array
+
+
+def _block_sums(rows: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """CRC-32 of each block of rows: uint32 [blocks]."""
+    starts = range(0, len(rows), BLOCK_ROWS)
+    return np.array([zlib.crc32(rows[start : start + BLOCK_ROWS].data) for start in starts], np.uint32)
+
+
+def _free_bytes(path: Path) -> int:
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize

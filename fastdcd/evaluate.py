@@ -1,0 +1,64 @@
+"""Top-1 and top-5 of a classifier over a dataset, on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from fastdcd.config import Eval
+from pipelines.base import Loader
+from pipelines.plan import EpochPlan
+from pipelines.prefetch import prefetch
+from pipelines.views import Center
+
+
+class Accuracy(NamedTuple):
+    """Result of an evaluation: percent, and mean cross-entropy in nats."""
+
+    top1: float
+    top5: float
+    loss: float
+
+
+@torch.no_grad()
+def evaluate(
+    predict: Callable[[Tensor], Tensor],
+    loader: Loader,
+    accelerator: Accelerator,
+    config: Eval,
+    *,
+    size: int,
+) -> Accuracy:
+    """Accuracy of `predict` (uint8 [n, 3, size, size] -> logits [n, classes]) over centre crops of all samples."""
+    plan = EpochPlan(
+        index=loader.index,
+        family=Center(crop_ratio=config.crop_ratio),
+        view_seed=0,
+        view=0,
+        order=np.arange(len(loader.index)),
+        batch_size=max(config.batch_size, accelerator.num_processes),
+    )
+    work = plan.work((size,), rank=accelerator.process_index, world_size=accelerator.num_processes)
+    totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # top-1, top-5, summed loss
+    for batch, _ in prefetch(loader.epoch(work), lambda ids: None, accelerator.device):
+        if not len(batch.labels):
+            continue
+        images = batch.images[0]
+        with accelerator.autocast():
+            logits = predict(images).float()
+        if config.flip:
+            with accelerator.autocast():
+                logits = (logits + predict(images.flip(3)).float()) / 2
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [n, 5], best first
+        hits = (best == batch.labels[:, None]).double()
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum").double()
+        totals += torch.stack([hits[:, 0].sum(), hits.sum(), loss])
+    totals = accelerator.reduce(totals, reduction="sum") / len(loader.index)
+    top1, top5, loss_mean = totals.tolist()
+    return Accuracy(100 * top1, 100 * top5, loss_mean)

@@ -1,0 +1,175 @@
+"""From a config to the parts of a run: data, plans, modules. The train loop and the tools share it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import nn
+
+from fastdcd import models, weights
+from fastdcd.checkpoint import Progress
+from fastdcd.config import Config, Data, dump
+from fastdcd.distill import DistillModule
+from fastdcd.evaluate import Accuracy
+from fastdcd.teacher import Teacher, load_teacher
+from pipelines.base import Loader, LoaderOptions, open_loader
+from pipelines.files import replace_file, write_json
+from pipelines.index import read_classes, user_cache
+from pipelines.plan import EpochPlan, order
+from pipelines.views import FAMILIES, ViewFamily
+
+# DDP averages gradients over processes; BatchNorm buffers of rank 0 are sent to the others each step.
+_DDP = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Accelerate, set up for a config; seeds torch's generators (run.seed)."""
+    device = config.data.device
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"data.device: got {device!r}, expected auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("data.device: got cuda, but torch finds no GPU; set data.device=cpu or auto")
+    precision = "no" if config.train.precision == "fp32" else config.train.precision
+    if precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
+        raise ValueError("train.precision: fp16 needs a GPU (its gradients are scaled there); use bf16 or fp32")
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=precision,
+        log_with=list(config.run.trackers) or None,
+        project_dir=config.run.dir,
+        kwargs_handlers=[_DDP],
+    )
+    set_seed(config.run.seed)
+    return accelerator
+
+
+def open_data(config: Config, accelerator: Accelerator) -> tuple[Loader, Loader]:
+    """The training and validation loaders. Raises ValueError if they cannot be read or their classes differ."""
+    with accelerator.main_process_first():  # the first process indexes, the others find the index
+        train = open_set(config.data, config.data.train, accelerator.device, "data.train")
+        val = open_set(config.data, config.data.val, accelerator.device, "data.val")
+    if train.index.classes != val.index.classes:
+        ours, theirs = set(train.index.classes), set(val.index.classes)
+        raise ValueError(
+            f"data.val: {config.data.val} has {len(theirs)} classes and data.train {len(ours)}; "
+            f"not in both: {sorted(ours ^ theirs)[:3]} (data.classes names the classes of folders)"
+        )
+    classes = config.student.classes
+    if classes is not None and classes != len(train.index.classes):
+        raise ValueError(f"student.classes: got {classes}, but {config.data.train} has {len(train.index.classes)}")
+    return train, val
+
+
+def open_set(section: Data, path: Path, device: torch.device, key: str) -> Loader:
+    """One dataset by the backend of a config; errors name the config key."""
+    options = LoaderOptions(
+        workers=section.workers,
+        device=device,
+        classes=read_classes(section.classes) if section.classes else None,
+        index_cache=user_cache(),
+    )
+    try:
+        return open_loader(section.backend, path, options)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def view_family(config: Config) -> ViewFamily:
+    """The view family of training."""
+    section = config.views
+    family = FAMILIES[section.family]
+    wanted = {each.name for each in fields(family)}  # type: ignore[arg-type]
+    settings = {name: getattr(section, name) for name in ("scale", "ratio", "padding", "crop_ratio", "flip")}
+    try:
+        return family(**{name: value for name, value in settings.items() if name in wanted})
+    except ValueError as error:
+        raise ValueError(f"views.{error}") from None
+
+
+def epoch_plan(config: Config, loader: Loader, family: ViewFamily, epoch: int) -> EpochPlan:
+    """What an epoch of training shows, in which order."""
+    return EpochPlan(
+        index=loader.index,
+        family=family,
+        view_seed=config.views.seed,
+        view=epoch % config.view_count,
+        order=order(len(loader.index), seed=config.run.seed, epoch=epoch, kind=config.data.order),
+        batch_size=config.data.batch_size,
+    )
+
+
+def build_teacher(config: Config, classes: int, accelerator: Accelerator) -> Teacher | None:
+    """The teacher, or None. One forward pass takes this process's share of a batch."""
+    if config.teacher.mode == "none":
+        return None
+    rows = -(-config.data.batch_size // accelerator.num_processes)
+    return load_teacher(config, classes=classes, rows=rows, device=accelerator.device)
+
+
+def build_student(
+    config: Config, classes: int, teacher: Teacher | None, accelerator: Accelerator
+) -> DistillModule:
+    """The module to train, with fresh weights of run.seed or those of student.checkpoint."""
+    section = config.student
+    student = models.build(section.model, classes=classes)
+    if section.checkpoint is not None:
+        weights.load_into(student, section.checkpoint, what="student")
+    normalize = models.normalize_for(section.model, section.mean, section.std)
+    teacher_dim = teacher.network.feature_dim if teacher else 0
+    module: nn.Module = DistillModule(student, normalize, config.loss, teacher_dim=teacher_dim)
+    if section.sync_bn:
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    assert isinstance(module, DistillModule)
+    module.to(accelerator.device)
+    if section.channels_last:
+        module.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        module.student.compile()  # in place: names in checkpoints stay the same
+    return module
+
+
+def image_sizes(student: int, teacher: int | None) -> tuple[int, ...]:
+    """Sizes to render a batch at: the student's first, the teacher's last, once if they are equal."""
+    return (student,) if teacher in (None, student) else (student, teacher)
+
+
+def write_config(config: Config, accelerator: Accelerator) -> None:
+    """Make the run's folder, with the complete config in it, and start the trackers."""
+    assert config.run.dir is not None
+    if accelerator.is_main_process:
+        config.run.dir.mkdir(parents=True, exist_ok=True)
+        with replace_file(config.run.dir / "config.yaml") as file:
+            file.write(dump(config).encode())
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("trackers")
+
+
+def write_results(
+    config: Config,
+    accelerator: Accelerator,
+    module: DistillModule,
+    progress: Progress,
+    accuracy: Accuracy | None,
+    teacher: Teacher | None,
+    finished: bool,
+) -> dict[str, Any]:
+    """Write summary.json, and student.safetensors if the run is finished. Returns the summary."""
+    assert config.run.dir is not None
+    summary = {
+        "finished": finished,
+        **asdict(progress),
+        "top1": accuracy.top1 if accuracy else None,
+        "top5": accuracy.top5 if accuracy else None,
+        "student_parameters": sum(parameter.numel() for parameter in module.student.parameters()),
+        "teacher_images": teacher.images_seen if teacher else 0,
+    }
+    if accelerator.is_main_process:
+        if finished:
+            weights.save(config.run.dir / "student.safetensors", module.student.original_state_dict())
+        write_json(config.run.dir / "summary.json", summary)
+    return summary

@@ -1,0 +1,122 @@
+"""What a run says of itself: metrics.jsonl, trackers, and sums that stay on the device between lines."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipelines.files import replace_file
+from pipelines.prefetch import Item
+
+
+class RunningMeans:
+    """Means of named 0-dimensional tensors over steps, kept on the device until asked for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add one step's values; nothing waits for the device."""
+        self._steps += 1
+        for name, value in values.items():
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+
+    def take(self) -> dict[str, float]:
+        """Means since the last call, with one wait for the device."""
+        if not self._steps:
+            return {}
+        means = self.on_device()
+        values = torch.stack([value.float() for value in means.values()]).tolist()
+        self._sums, self._steps = {}, 0
+        return dict(zip(means, values, strict=True))
+
+    def on_device(self) -> dict[str, Tensor]:
+        """Means so far as tensors; nothing waits for the device."""
+        return {name: value / self._steps for name, value in self._sums.items()}
+
+
+class Stopwatch:
+    """Images a second and the share of time spent waiting for data, and seconds of training in all."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        """`seconds` were spent before this process."""
+        self._before, self._running = seconds, False
+        self._begin = self._mark = time.perf_counter()
+        self._waited, self._images = 0.0, 0
+
+    @property
+    def seconds(self) -> float:
+        """Time between start and stop so far: training without evaluation."""
+        return self._before + (time.perf_counter() - self._begin if self._running else 0.0)
+
+    def start(self) -> None:
+        self._begin = self._mark = time.perf_counter()
+        self._waited, self._images, self._running = 0.0, 0, True
+
+    def stop(self) -> None:
+        self._before, self._running = self.seconds, False
+
+    def data_wait(self, items: Iterator[Item]) -> Iterator[Item]:
+        """Pass items on and time how long each was waited for."""
+        while True:
+            asked = time.perf_counter()
+            item = next(items, None)
+            self._waited += time.perf_counter() - asked
+            if item is None:
+                return
+            yield item
+
+    def count(self, images: int) -> None:
+        """A step over `images` images of all processes was taken."""
+        self._images += images
+
+    def take(self) -> dict[str, float]:
+        """images_per_second and data_wait (0..1) since the last call; call it when the device was waited for."""
+        now = time.perf_counter()
+        seconds = max(now - self._mark, 1e-9)
+        rates = {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
+        self._mark, self._waited, self._images = now, 0.0, 0
+        return rates
+
+
+class MetricsWriter:
+    """Lines of metrics.jsonl, one JSON object each, and the same numbers to Accelerate's trackers."""
+
+    def __init__(self, path: Path, accelerator: Accelerator, *, resume_step: int) -> None:
+        """Go on writing at `path`; lines of steps after `resume_step` belong to work that was lost."""
+        self._accelerator = accelerator
+        self._path = path
+        if accelerator.is_main_process:
+            kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
+            with replace_file(path) as file:
+                file.write("".join(line + "\n" for line in kept).encode())
+            self._file = path.open("a")
+
+    def write(self, kind: str, *, epoch: int, step: int, **values: Any) -> None:
+        """One line: kind is train, eval or epoch; step counts optimizer steps done since the start."""
+        if not self._accelerator.is_main_process:
+            return
+        self._file.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **values}) + "\n")
+        self._file.flush()
+        self._accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        if self._accelerator.is_main_process:
+            self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a file; a last line cut short by a crash is dropped."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()

@@ -1,0 +1,205 @@
+"""Networks by name, opened up into pooled features and final classifier without code for each of them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Triple = tuple[float, float, float]
+
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+CIFAR100_MEAN: Triple = (0.5071, 0.4867, 0.4408)
+CIFAR100_STD: Triple = (0.2675, 0.2565, 0.2761)
+
+
+class ModelOutput(NamedTuple):
+    """Pooled features [n, d] before the classifier, and logits [n, classes]."""
+
+    features: Tensor
+    logits: Tensor
+
+
+class FeatureModel(nn.Module):
+    """A classification network cut before its final linear layer.
+
+    The layer is timm's `get_classifier()`, or the last nn.Linear with `classes` outputs. It is replaced by
+    nn.Identity inside the network, so that the network returns pooled features.
+
+    Attributes:
+        network: the network without its classifier; images [n, 3, H, W] -> features [n, feature_dim].
+        classifier: the final layer.
+        feature_dim, classes: its inputs and outputs.
+    """
+
+    def __init__(self, network: nn.Module, classes: int) -> None:
+        """Raises ValueError if no final linear layer of `classes` outputs is found."""
+        super().__init__()
+        self._name = _classifier_name(network, classes)
+        self._order = list(network.state_dict())
+        classifier = network.get_submodule(self._name)
+        assert isinstance(classifier, nn.Linear)
+        network.set_submodule(self._name, nn.Identity())
+        self.network, self.classifier = network, classifier
+        self.feature_dim, self.classes = classifier.in_features, classes
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features [n, feature_dim] of normalised images [n, 3, H, W]."""
+        features = self.network(images)
+        if not isinstance(features, Tensor) or features.shape[1:] != (self.feature_dim,):
+            found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(
+                f"the network gives {found} before its classifier, expected [n, {self.feature_dim}]; wrap it in a "
+                "function that returns a plain classifier (path/to/file.py:callable)"
+            )
+        return features
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        features = self.features(images)
+        return ModelOutput(features, self.classifier(features))
+
+    def original_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names of the network as its library knows it."""
+        tensors = self.network.state_dict()
+        tensors.update({f"{self._name}.{name}": value for name, value in self.classifier.state_dict().items()})
+        return {name: tensors[name] for name in self._order}
+
+    def load_original_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `original_state_dict`."""
+        prefix = f"{self._name}."
+        self.classifier.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        )
+        self.network.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(prefix)})
+
+
+def _classifier_name(network: nn.Module, classes: int) -> str:
+    modules = dict(network.named_modules())
+    if hasattr(network, "get_classifier"):  # timm's convention
+        classifier = network.get_classifier()  # type: ignore[operator]
+        for name, module in modules.items():
+            if module is classifier and isinstance(module, nn.Linear):
+                return name
+    layers = [name for name, m in modules.items() if isinstance(m, nn.Linear) and m.out_features == classes]
+    if not layers:
+        raise ValueError(
+            f"{type(network).__name__}: no final nn.Linear with {classes} outputs in it; only classifiers that end in "
+            "one can teach or be taught"
+        )
+    return layers[-1]
+
+
+class Normalize(nn.Module):
+    """uint8 images [n, 3, H, W] to (x / 255 - mean) / std, float32, strides kept; runs on the images' device."""
+
+    def __init__(self, mean: Triple, std: Triple) -> None:
+        super().__init__()
+        self.mean, self.std = mean, std
+        scale = 1 / (255 * torch.tensor(std)).view(1, 3, 1, 1)
+        shift = -(torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)  # type: ignore[arg-type]
+
+
+# ---- by name
+
+
+def _torchvision(name: str, classes: int) -> nn.Module:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise _unknown("torchvision", name, models.list_models(module=models))
+    return models.get_model(name, weights=None, num_classes=classes)
+
+
+def _timm(name: str, classes: int) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        raise _unknown("timm", name, timm.list_models())
+    return timm.create_model(name, pretrained=False, num_classes=classes)
+
+
+def _cifar(name: str, classes: int) -> nn.Module:
+    from fastdcd import cifar
+
+    return cifar.build(name, classes)
+
+
+LIBRARIES: dict[str, Callable[[str, int], nn.Module]] = {
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "cifar": _cifar,
+}
+
+
+def build(name: str, *, classes: int) -> FeatureModel:
+    """A network with fresh weights.
+
+    Args:
+        name: torchvision:NAME, timm:NAME, cifar:NAME, or path/to/file.py:callable, which is called with
+            num_classes=classes and returns an nn.Module.
+        classes: outputs of its classifier.
+
+    Raises ValueError for an unknown name (with the nearest one), a file that cannot be imported, or a network
+    without a final linear layer.
+    """
+    library, colon, inner = name.partition(":")
+    if colon and library in LIBRARIES:
+        return FeatureModel(LIBRARIES[library](inner, classes), classes)
+    path, colon, function = name.rpartition(":")
+    if colon and path.endswith(".py"):
+        return FeatureModel(_from_file(Path(path), function)(num_classes=classes), classes)
+    raise ValueError(
+        f"model: got {name!r}, expected {', '.join(f'{each}:NAME' for each in LIBRARIES)} or path/to/file.py:callable"
+    )
+
+
+def _from_file(path: Path, function: str) -> Callable[..., nn.Module]:
+    if not path.is_file():
+        raise ValueError(f"model: no such file: {path}")
+    spec = importlib.util.spec_from_file_location(f"fastdcd_user_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"model: {path} fails on import: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"model: {path} has no function {function!r}")
+    found: Callable[..., nn.Module] = getattr(module, function)
+    return found
+
+
+def _unknown(library: str, name: str, known: list[str]) -> ValueError:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(f'{library}:{each}' for each in near)}?" if near else ""
+    return ValueError(f"model: {library} has no {name!r}{hint}")
+
+
+def preprocessing(name: str) -> tuple[Triple, Triple]:
+    """Mean and standard deviation (0..1 units) that a network's pretrained weights expect, by its name."""
+    library, _, inner = name.partition(":")
+    if library == "timm":
+        import timm
+
+        settings = timm.get_pretrained_cfg(inner)
+        if settings is not None:
+            return settings.mean, settings.std
+    return (IMAGENET_MEAN, IMAGENET_STD) if library in ("timm", "torchvision") else (CIFAR100_MEAN, CIFAR100_STD)
+
+
+def normalize_for(name: str, mean: Triple | None = None, std: Triple | None = None) -> Normalize:
+    """The normalisation of a network by name, unless mean or std are given."""
+    default_mean, default_std = preprocessing(name)
+    return Normalize(mean or default_mean, std or default_std)

@@ -1,0 +1,287 @@
+"""Where the teacher's knowledge of a batch comes from: nowhere, a forward pass, a cache, or both in turn.
+
+The train loop asks for the `ModelOutput` of each batch and does not know which of these answers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import IO, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from fastdcd import teacher as teachers
+from fastdcd.cache import CacheMismatch, Manifest, TeacherCache
+from fastdcd.config import Config
+from fastdcd.models import ModelOutput
+from fastdcd.teacher import Teacher
+from pipelines import views
+from pipelines.base import Batch, Loader
+from pipelines.plan import EpochPlan
+from pipelines.views import ViewFamily
+
+log = logging.getLogger("fastdcd")
+
+
+class TeacherMode(Protocol):
+    """Knowledge of the teacher, batch by batch."""
+
+    def begin(self, epoch: int) -> int | None:
+        """Prepare an epoch. Returns the image size the teacher must see, or None if it looks at nothing."""
+        ...
+
+    def lookup(self, ids: Tensor) -> Tensor | None:
+        """Host-side part, ahead of the step: stored rows of samples `ids` int64 [n], or None."""
+        ...
+
+    def knowledge(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
+        """Features [n, d] and logits [n, classes] float32 for a batch on the device, with its looked-up rows."""
+        ...
+
+    def flush(self) -> None:
+        """Bring to disk what a checkpoint that follows relies on."""
+        ...
+
+    def end(self) -> None:
+        """An epoch was completed."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class NoTeacher:
+    """Training without a teacher."""
+
+    def begin(self, epoch: int) -> int | None:
+        return None
+
+    def lookup(self, ids: Tensor) -> Tensor | None:
+        return None
+
+    def knowledge(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
+        return None
+
+    def flush(self) -> None: ...
+
+    def end(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class OnlineTeacher(NoTeacher):
+    """A forward pass of the teacher at every step. Its images are the last rendering of the batch."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def begin(self, epoch: int) -> int | None:
+        return self.teacher.size
+
+    def knowledge(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
+        features = self.teacher.features(batch.images[-1])
+        return ModelOutput(features, self.teacher.logits(features))
+
+
+class CachedTeacher(NoTeacher):
+    """Features from the cache, logits recomputed from them by the teacher's own final layer."""
+
+    def __init__(self, cache: TeacherCache, view_count: int, device: torch.device) -> None:
+        self.cache, self.view_count = cache, view_count
+        self.decode = cache.manifest.codec.decode
+        self.classifier = cache.classifier().to(device)
+        self.view = 0
+
+    def begin(self, epoch: int) -> int | None:
+        self.view = epoch % self.view_count
+        return None
+
+    def lookup(self, ids: Tensor) -> Tensor | None:
+        return self.cache.read(self.view, ids)
+
+    def knowledge(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
+        assert rows is not None
+        features = self.decode(rows)
+        return ModelOutput(features, self.classifier(features))
+
+
+class FillingTeacher(CachedTeacher):
+    """Teaches online and writes what it computed while a view is new; later epochs read it."""
+
+    def __init__(self, cache: TeacherCache, view_count: int, teacher: Teacher, accelerator: Accelerator):
+        super().__init__(cache, view_count, accelerator.device)
+        self.online = OnlineTeacher(teacher)
+        self.first = accelerator.is_main_process  # one process lays out and completes the files
+        self.wait = accelerator.wait_for_everyone
+        self.reading = False
+        self._lock: IO[str] | None = cache.lock_for_filling() if self.first else None
+
+    def begin(self, epoch: int) -> int | None:
+        super().begin(epoch)
+        self.reading = self.cache.complete(self.view)
+        if self.reading:
+            return None
+        if self.first:
+            self.cache.start(self.view)
+        self.wait()
+        return self.online.begin(epoch)
+
+    def lookup(self, ids: Tensor) -> Tensor | None:
+        return super().lookup(ids) if self.reading else None
+
+    def knowledge(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
+        if self.reading:
+            return super().knowledge(batch, rows)
+        knowledge = self.online.knowledge(batch, rows)
+        assert knowledge is not None
+        self.cache.write(self.view, batch.ids, knowledge.features)
+        return knowledge
+
+    def flush(self) -> None:
+        self.cache.flush()
+
+    def end(self) -> None:
+        """Complete the view, unless a run that was killed left gaps in it: then its next epoch fills them."""
+        if self.reading:
+            return
+        self.flush()
+        self.wait()
+        if self.first and self.cache.done(self.view).all():
+            self.cache.finish(self.view)
+        self.wait()
+        self.cache.release(self.view)
+
+    def close(self) -> None:
+        self.flush()
+        if self._lock:
+            self._lock.close()
+
+
+# ---- choosing by config
+
+Build = Callable[[Config, Loader, ViewFamily, Teacher, Accelerator], TeacherMode]
+
+
+def _online(
+    config: Config, loader: Loader, family: ViewFamily, teacher: Teacher, accelerator: Accelerator
+) -> TeacherMode:
+    return OnlineTeacher(teacher)
+
+
+def _cached(
+    config: Config, loader: Loader, family: ViewFamily, teacher: Teacher, accelerator: Accelerator
+) -> TeacherMode:
+    cache = open_cache(config, loader, family, teacher)
+    return CachedTeacher(cache, config.view_count, accelerator.device)
+
+
+def _fill(
+    config: Config, loader: Loader, family: ViewFamily, teacher: Teacher, accelerator: Accelerator
+) -> TeacherMode:
+    assert config.cache.path is not None
+    manifest = expected_manifest(config, loader, family, teacher)
+    first = accelerator.is_main_process
+    if first:
+        TeacherCache.create(config.cache.path, manifest, teacher.network.classifier)
+    accelerator.wait_for_everyone()
+    cache = TeacherCache.open(config.cache.path)
+    return FillingTeacher(cache, config.view_count, teacher, accelerator)
+
+
+MODES: dict[str, Build] = {"online": _online, "cached": _cached, "fill": _fill}
+
+
+def open_mode(
+    config: Config, loader: Loader, family: ViewFamily, teacher: Teacher | None, accelerator: Accelerator
+) -> TeacherMode:
+    """The teacher mode a config asks for, over the training set `loader`.
+
+    Raises ValueError (CacheMismatch) if the cache is not of this teacher, dataset, views and backend.
+    """
+    if teacher is None:
+        return NoTeacher()
+    return MODES[config.teacher.mode](config, loader, family, teacher, accelerator)
+
+
+# ---- is this cache of this teacher?
+
+
+def expected_manifest(config: Config, loader: Loader, family: ViewFamily, teacher: Teacher) -> Manifest:
+    """The manifest of the cache that this config would fill."""
+    assert config.teacher.model is not None
+    index = loader.index
+    return Manifest(
+        rows=len(index),
+        dim=teacher.network.feature_dim,
+        views=config.view_count,
+        dtype=config.cache.dtype,
+        fingerprint={
+            **teachers.fingerprint(teacher, config.teacher.model),
+            "data.index": index.digest,
+            "views.seed": str(config.views.seed),
+            **{f"views.{key}": str(value) for key, value in views.describe(family).items()},
+            "views.table": views.table_digest(family, config.views.seed, index.sizes),
+            **{f"loader.{key}": value for key, value in loader.fingerprint.items()},
+        },
+    )
+
+
+def open_cache(config: Config, loader: Loader, family: ViewFamily, teacher: Teacher) -> TeacherCache:
+    """Open the cache of a config, after checking its fingerprint and some rows against the live teacher.
+
+    Raises CacheMismatch if either differs.
+    """
+    assert config.cache.path is not None
+    cache = TeacherCache.open(config.cache.path)
+    cache.check(expected_manifest(config, loader, family, teacher), allow=config.cache.allow_backend)
+    missing = [view for view in range(config.view_count) if not cache.complete(view)]
+    if missing:
+        raise ValueError(
+            f"{cache.path}: {len(missing)} of {config.view_count} views are not complete (first: {missing[0]}); "
+            "go on filling them: python tools/cache_teacher.py fill"
+        )
+    if config.cache.check_rows:
+        check_live(cache, config, loader, family, teacher)
+    return cache
+
+
+def check_live(cache: TeacherCache, config: Config, loader: Loader, family: ViewFamily, teacher: Teacher) -> float:
+    """Recompute cache.check_rows rows of the last view with the live teacher; return the least cosine.
+
+    Raises CacheMismatch if it is below what the stored dtype allows.
+    """
+    count = min(config.cache.check_rows, len(loader.index))
+    ids = torch.linspace(0, len(loader.index) - 1, count, dtype=torch.float64).long()
+    view = config.view_count - 1
+    plan = EpochPlan(
+        index=loader.index,
+        family=family,
+        view_seed=config.views.seed,
+        view=view,
+        order=ids.numpy(),
+        batch_size=count,
+    )
+    device = next(teacher.parameters()).device
+    (batch,) = loader.epoch(plan.work((teacher.size,)))
+    live = teacher.features(batch.images[0].to(device))
+    stored = cache.manifest.codec.decode(cache.read(view, ids).to(device))
+    cosine = float(torch.nn.functional.cosine_similarity(live, stored).min())
+    crossed = cache.manifest.fingerprint.get("loader.backend") != loader.backend
+    if crossed:
+        log.warning(
+            "cache filled through %s, read with %s: least cosine of %d rows %.4f",
+            cache.manifest.fingerprint.get("loader.backend"),
+            loader.backend,
+            count,
+            cosine,
+        )
+    # another decoder's pixels are not the cached ones; the user allowed it and sees by how much they differ
+    floor = 0.9 if crossed else cache.manifest.codec.cosine
+    if not cosine >= floor:
+        raise CacheMismatch(
+            f"{cache.path}: the live teacher's features differ from the stored ones (least cosine of {count} rows "
+            f"{cosine:.4f}, expected at least {floor}); fill the cache again"
+        )
+    return cosine

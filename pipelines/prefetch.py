@@ -1,0 +1,91 @@
+"""Getting a loader's batches to the device ahead of time, with rows looked up beside them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pipelines.base import Batch
+
+# Batches ready on the device before the step that uses them: one in use, one complete, one on its way.
+DEPTH = 2
+
+Item = tuple[Batch, Tensor | None]
+
+
+def prefetch(
+    batches: Iterator[Batch], lookup: Callable[[Tensor], Tensor | None], device: torch.device
+) -> Generator[Item, None, None]:
+    """Yield (batch, lookup(batch.ids)), both on `device`.
+
+    On a GPU a thread runs the loader and the lookup, and copies travel on a stream of their own, so that
+    none of it stands in a step's way. On the CPU the cores belong to the step, and there is nothing to
+    copy: batches are made when asked for.
+
+    Args:
+        batches: from Loader.epoch; closed when this generator is.
+        lookup: host rows [n, ...] for ids int64 [n], or None.
+        device: where the step runs.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch, lookup(batch.ids)
+        return
+    yield from _on_stream(batches, lookup, device)
+
+
+def _on_stream(
+    batches: Iterator[Batch], lookup: Callable[[Tensor], Tensor | None], device: torch.device
+) -> Generator[Item, None, None]:
+    ready: queue.Queue[tuple[Item, torch.cuda.Event] | BaseException | None] = queue.Queue(DEPTH)
+    stop = threading.Event()
+
+    def put(item: tuple[Item, torch.cuda.Event] | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            stream = torch.cuda.Stream(device)
+            for batch in batches:
+                rows = lookup(batch.ids)
+                with torch.cuda.stream(stream):
+                    moved = replace(
+                        batch,
+                        images=tuple(image.to(device, non_blocking=True) for image in batch.images),
+                        labels=batch.labels.to(device, non_blocking=True),
+                    )
+                    if rows is not None:
+                        rows = (rows if rows.is_cuda else rows.pin_memory()).to(device, non_blocking=True)
+                put(((moved, rows), stream.record_event()))
+                if stop.is_set():
+                    break
+            put(None)
+        except BaseException as error:
+            put(error)
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            (batch, rows), copied = item
+            current = torch.cuda.current_stream(device)
+            current.wait_event(copied)
+            for tensor in (*batch.images, batch.labels, *([] if rows is None else [rows])):
+                tensor.record_stream(current)  # its memory may be reused only after this step's work
+            yield batch, rows
+    finally:
+        stop.set()
+        thread.join()
