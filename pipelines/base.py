@@ -9,17 +9,21 @@ partial (or empty) batch, early break without a leak, epoch after epoch, errors 
 from __future__ import annotations
 
 import importlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from pipelines.index import DatasetIndex
 from pipelines.plan import Work
+
+_log = logging.getLogger(__name__)
 
 
 class DecodeError(ValueError):
@@ -61,12 +65,16 @@ class LoaderOptions:
         device: where the training runs; a GPU backend decodes there, others pin their host memory for it.
         classes: class names in label order, for folders (None: sorted folder names).
         index_cache: where the index of an image folder is kept between runs; None: nowhere.
+        on_decode_error: `raise` ends the epoch with a DecodeError. `skip_and_report` goes on: the sample is
+            shown black under its own label and id, a warning names it once, and Loader.undecodable keeps it.
+            The batch keeps its rows, so that ranks stay in step and cached teacher rows stay aligned.
     """
 
     workers: int = 2
     device: torch.device = CPU
     classes: tuple[str, ...] | None = None
     index_cache: Path | None = None
+    on_decode_error: Literal["raise", "skip_and_report"] = "raise"
 
 
 class Loader(ABC):
@@ -113,6 +121,19 @@ class Loader(ABC):
             yield empty_batch(work)  # fewer samples left than ranks: this rank has none, but takes the step
             delivered += 1
         assert delivered == work.batches, f"{self.backend}: {delivered} of {work.batches} batches"
+
+    @cached_property
+    def undecodable(self) -> dict[int, DecodeError]:
+        """The samples shown black so far, by id (on_decode_error: skip_and_report)."""
+        return {}
+
+    def _handle(self, error: DecodeError, options: LoaderOptions) -> None:
+        """Raise `error`, or report it and let the caller show the sample black."""
+        if options.on_decode_error == "raise":
+            raise error
+        if error.sample_id not in self.undecodable:
+            self.undecodable[error.sample_id] = error
+            _log.warning("%s; shown black (%d such so far)", error, len(self.undecodable))
 
     def close(self) -> None:
         """End the running epoch and release workers, files and memory. May be called twice."""

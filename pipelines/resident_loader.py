@@ -43,7 +43,7 @@ class ResidentLoader(Loader):
                 f"python tools/convert.py resident {path} OUT"
             )
         index = DatasetIndex.load(path)
-        images = np.load(path / IMAGES, allow_pickle=False, mmap_mode="c")
+        images = np.load(path / IMAGES, allow_pickle=False, mmap_mode="r")
         if images.shape[0] != len(index) or images.dtype != np.uint8 or images.shape[3:] != (3,):
             raise ValueError(
                 f"{path / IMAGES}: got {images.dtype} {images.shape}, expected uint8 [{len(index)}, H, W, 3]; "
@@ -51,8 +51,8 @@ class ResidentLoader(Loader):
             )
         if options.classes and options.classes != index.classes:
             raise ValueError(f"{path}: its classes differ from the list given; convert again with --classes")
-        # read it now: a first epoch that waits for storage page by page would look like a slow trainer
-        return cls(index, np.ascontiguousarray(images), options.device)
+        # a copy, not the map: a first epoch that waits for storage page by page would look like a slow trainer
+        return cls(index, np.array(images), options.device)
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
@@ -67,6 +67,10 @@ class ResidentLoader(Loader):
             if len(ids[rows]):
                 images = tuple(view(device_ids[rows], rows) for view in views)
                 yield Batch(images=images, labels=self._labels[device_ids[rows]], ids=ids[rows])
+
+    def close(self) -> None:
+        super().close()
+        self._images = self._images[:0].clone()
 
     def _prepare(self, rendering: Rendering) -> _Crop | _Resize:
         """Move an epoch's boxes to the device once, and choose the exact crop where nothing is resized."""

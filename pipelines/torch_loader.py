@@ -39,7 +39,7 @@ class TorchLoader(Loader):
     backend = "torch"
 
     def __init__(self, root: Path, index: DatasetIndex, options: LoaderOptions) -> None:
-        self.index = index
+        self.index, self._options = index, options
         self._requests = _Requests()
         self._loader = DataLoader(
             _Executor(root, index),
@@ -61,8 +61,9 @@ class TorchLoader(Loader):
 
     def _execute(self, work: Work) -> Generator[Batch, None, None]:
         self._requests.work = work
-        iterator = iter(self._loader)
-        for images, labels, ids in iterator:
+        for images, labels, ids, errors in self._loader:
+            for error in errors:
+                self._handle(error, self._options)
             yield Batch(images=tuple(images), labels=labels, ids=ids)
 
     def close(self) -> None:
@@ -88,19 +89,29 @@ class _Requests(Sampler[_Request]):
                 yield _Request(work.ids[rows], views)
 
 
-class _Executor(Dataset[tuple[list[Tensor], Tensor, Tensor]]):
+# Renderings, labels, ids, and what could not be decoded. Errors travel as values: a DataLoader turns an
+# exception with more than one argument into a RuntimeError that has lost the sample's id.
+_Made = tuple[list[Tensor], Tensor, Tensor, list[DecodeError]]
+
+
+class _Executor(Dataset[_Made]):
     def __init__(self, root: Path, index: DatasetIndex) -> None:
         self._root, self._index = root, index
 
-    def __getitem__(self, request: _Request) -> tuple[list[Tensor], Tensor, Tensor]:
+    def __getitem__(self, request: _Request) -> _Made:
         ids, views = request
         images = [torch.empty(len(ids), size, size, 3, dtype=torch.uint8) for _, _, size in views]
+        errors: list[DecodeError] = []
         for row, sample_id in enumerate(ids):
-            image = self._decode(int(sample_id))
+            try:
+                image = self._decode(int(sample_id))
+            except DecodeError as error:
+                errors.append(error)
+                image = torch.zeros(3, *self._index.sizes[sample_id].tolist(), dtype=torch.uint8)
             for out, (boxes, flips, size) in zip(images, views, strict=True):
                 out[row] = render(image, boxes[row], bool(flips[row]), size).permute(1, 2, 0)
         labels = torch.from_numpy(self._index.labels[ids])
-        return [image.permute(0, 3, 1, 2) for image in images], labels, torch.from_numpy(ids)
+        return [image.permute(0, 3, 1, 2) for image in images], labels, torch.from_numpy(ids), errors
 
     def _decode(self, sample_id: int) -> Tensor:
         name = self._index.names[sample_id]

@@ -1,0 +1,439 @@
+"""What every loader backend promises, tested through the public interface on real photographs.
+
+A backend joins by adding a `Case` maker below: it stores the photographs in its own way and says which
+pixels it stored. Expected pixels come from Pillow, written here independently of any loader.
+"""
+
+import gc
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from pipelines.base import BACKENDS, Batch, DecodeError, Loader, LoaderOptions, open_loader
+from pipelines.index import DatasetIndex
+from pipelines.plan import EpochPlan, Rendering, Work, order
+from pipelines.views import RandomResizedCrop
+
+PHOTOS = 40
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One backend on one way of storing the photographs.
+
+    Attributes:
+        name: its entry in CASES: the backend, and what it reads where there is a choice.
+        path: the dataset.
+        stored: the pixels of every sample, uint8 [H, W, 3], by id.
+        labels: by id.
+        tolerance: mean and largest difference (of 255) from Pillow's crop and resize of `stored`.
+        damage: cuts a sample's encoded bytes short, by id; None if the backend holds plain pixels.
+    """
+
+    name: str
+    path: Path
+    stored: list[Pixels]
+    labels: list[int]
+    tolerance: tuple[float, int]
+    damage: Callable[[Path, int], None] | None = None
+
+    @property
+    def backend(self) -> str:
+        return self.name.partition("-")[0]
+
+    def open(self, **options: object) -> Loader:
+        return open_loader(self.backend, self.path, LoaderOptions(**{"workers": 2, **options}))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def photos(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageFolder tree of real photographs in 8 classes."""
+    root = tmp_path_factory.mktemp("photos")
+    for number, path in enumerate(sorted((shared / "data/imagenet-sample/train").glob("*/*"))[:PHOTOS]):
+        folder = root / f"class{number * 8 // PHOTOS}"
+        folder.mkdir(exist_ok=True)
+        (folder / path.name).symlink_to(path)
+    return root
+
+
+def photo_paths(root: Path) -> list[Path]:
+    return sorted(root.glob("*/*"), key=lambda path: str(path.relative_to(root)))
+
+
+def read_pixels(path: Path) -> Pixels:
+    with Image.open(path) as image:
+        return np.array(image.convert("RGB"))
+
+
+def folder_labels(root: Path) -> list[int]:
+    return [int(path.parent.name.removeprefix("class")) for path in photo_paths(root)]
+
+
+def cut_file(root: Path, sample: int) -> None:
+    """Replace a file of an ImageFolder by its first half."""
+    path = photo_paths(root)[sample]
+    data = path.read_bytes()
+    path.unlink()  # it is a link to the shared original
+    path.write_bytes(data[: len(data) // 2])
+
+
+def torch_case(photos: Path, scratch: Path) -> Case:
+    pixels = [read_pixels(path) for path in photo_paths(photos)]
+    return Case("torch", photos, pixels, folder_labels(photos), (0.3, 2), cut_file)
+
+
+def resident_case(photos: Path, scratch: Path) -> Case:
+    pixels = [np.array(ImageOps.fit(Image.fromarray(read_pixels(p)), (64, 48))) for p in photo_paths(photos)]
+    labels = folder_labels(photos)
+    names = [str(path.relative_to(photos)) for path in photo_paths(photos)]
+    sizes = np.full((len(pixels), 2), (48, 64), np.int32)
+    classes = tuple(sorted({path.parent.name for path in photo_paths(photos)}))
+    index = DatasetIndex(classes=classes, labels=np.array(labels), sizes=sizes, names=names)
+    index.save(scratch)
+    np.save(scratch / "images.npy", np.stack(pixels))
+    return Case("resident", scratch, pixels, labels, (0.3, 2))
+
+
+CASES: dict[str, Callable[[Path, Path], Case]] = {"torch": torch_case, "resident": resident_case}
+READS_ORIGINALS = ("torch",)
+
+
+@pytest.fixture(scope="session", params=CASES)
+def case(request: pytest.FixtureRequest, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return CASES[request.param](photos, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def loader(case: Case) -> Iterator[Loader]:
+    """One loader a backend for the tests that only read: every test is another epoch of it."""
+    with case.open() as loader:
+        yield loader
+
+
+def random_rendering(case: Case, ids: NDArray[np.int64], size: int, seed: int, outside: int = 0) -> Rendering:
+    """Boxes anywhere in the images, from 1 pixel to the whole, reaching up to `outside` pixels beyond."""
+    rng = np.random.default_rng(seed)
+    extent = np.array([case.stored[i].shape[:2] for i in ids])
+    shape = np.maximum((extent * rng.uniform(0, 1, extent.shape)).astype(int), 1)
+    shape[::7] = extent[::7]
+    start = (rng.uniform(0, 1, extent.shape) * (extent - shape + 1)).astype(int)
+    start -= rng.integers(0, outside + 1, start.shape)
+    shape += rng.integers(0, 2 * outside + 1, shape.shape)
+    boxes = np.concatenate([start, shape], 1).astype(np.int32)
+    return Rendering(boxes=boxes, flips=rng.random(len(ids)) < 0.5, size=size)
+
+
+def make_work(case: Case, sizes: tuple[int, ...] = (64,), *, batch_size: int = 16, seed: int = 0) -> Work:
+    ids = np.random.default_rng(seed).permutation(len(case.stored))
+    renderings = tuple(random_rendering(case, ids, size, seed + n) for n, size in enumerate(sizes))
+    return Work(ids=ids, renderings=renderings, batch_size=batch_size, batches=-(-len(ids) // batch_size))
+
+
+def select(work: Work, rows: list[int]) -> Work:
+    """Some rows of `work`, as one batch."""
+    renderings = tuple(Rendering(boxes=r.boxes[rows], flips=r.flips[rows], size=r.size) for r in work.renderings)
+    return Work(ids=work.ids[rows], renderings=renderings, batch_size=len(rows), batches=1)
+
+
+def plan_of(loader: Loader, *, epoch: int = 0, batch_size: int = 12) -> EpochPlan:
+    return EpochPlan(
+        index=loader.index,
+        family=RandomResizedCrop(),
+        view_seed=5,
+        view=1,
+        order=order(len(loader.index), seed=3, epoch=epoch),
+        batch_size=batch_size,
+    )
+
+
+def expected_pixels(stored: Pixels, box: NDArray[np.int32], flip: bool, size: int) -> Pixels:
+    """Pillow's crop (black outside), antialiased bilinear resize and mirror."""
+    top, left, height, width = (int(value) for value in box)
+    image = Image.fromarray(stored).crop((left, top, left + width, top + height))
+    image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.array(ImageOps.mirror(image) if flip else image)
+
+
+def check_pixels(case: Case, work: Work, batches: list[Batch]) -> None:
+    means, largest = [], 0
+    for number, batch in enumerate(batches):
+        rows = work.rows(number)
+        for rendering, images in zip(work.renderings, batch.images, strict=True):
+            assert images.dtype == torch.uint8
+            assert images.shape == (len(batch.ids), 3, rendering.size, rendering.size)
+            for row, image in zip(range(*rows.indices(len(work.ids))), images, strict=True):
+                pixels = case.stored[work.ids[row]]
+                expected = expected_pixels(pixels, rendering.boxes[row], rendering.flips[row], rendering.size)
+                difference = np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected)
+                means.append(difference.mean())
+                largest = max(largest, int(difference.max()))
+    mean_limit, limit = case.tolerance
+    assert max(means) <= mean_limit and largest <= limit, f"mean {max(means):.3f}, max {largest}"
+
+
+def by_id(batches: list[Batch]) -> dict[int, bytes]:
+    """Every sample's pixels in every rendering, as bytes, by id."""
+    return {
+        int(sample): b"".join(images[row].contiguous().numpy().tobytes() for images in batch.images)
+        for batch in batches
+        for row, sample in enumerate(batch.ids)
+    }
+
+
+def test_every_backend_has_a_case() -> None:
+    assert set(BACKENDS) <= {name.partition("-")[0] for name in CASES}
+
+
+def test_index_describes_the_stored_images(case: Case, loader: Loader) -> None:
+    assert loader.index.sizes.tolist() == [list(pixels.shape[:2]) for pixels in case.stored]
+    assert loader.index.labels.tolist() == case.labels
+
+
+def test_pixels_labels_and_ids(case: Case, loader: Loader) -> None:
+    work = make_work(case)
+    batches = list(loader.epoch(work))
+    assert [len(batch.ids) for batch in batches] == [16, 16, 8]  # the last one is short
+    assert torch.cat([batch.ids for batch in batches]).tolist() == work.ids.tolist()
+    assert all(batch.ids.dtype == batch.labels.dtype == torch.int64 for batch in batches)
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [case.labels[i] for i in work.ids]
+    check_pixels(case, work, batches)
+
+
+def test_batches_do_not_overwrite_each_other(case: Case, loader: Loader) -> None:
+    work = make_work(case, batch_size=4)
+    kept = list(loader.epoch(work))
+    again = {}
+    for batch in loader.epoch(work):
+        again |= by_id([batch])
+    assert by_id(kept) == again
+
+
+def test_boxes_that_reach_outside_read_black(case: Case, loader: Loader) -> None:
+    work = make_work(case)
+    work = replace(work, renderings=(random_rendering(case, work.ids, 48, seed=1, outside=20),))
+    check_pixels(case, work, list(loader.epoch(work)))
+
+
+def test_a_box_of_the_output_size_is_copied_unchanged(case: Case, loader: Loader) -> None:
+    """Pad-and-crop: shifted by up to 4 pixels, never resized; exact in every backend."""
+    work = make_work(case)
+    rng = np.random.default_rng(0)
+    boxes = np.full((len(work.ids), 4), 40, np.int32)
+    boxes[:, :2] = rng.integers(-4, 5, (len(work.ids), 2))
+    work = replace(work, renderings=(Rendering(boxes=boxes, flips=work.renderings[0].flips, size=40),))
+    check_pixels(replace(case, tolerance=(0.0, 0)), work, list(loader.epoch(work)))
+
+
+def test_renderings_of_several_sizes_and_boxes(case: Case, loader: Loader) -> None:
+    different = make_work(case, (48, 96))
+    check_pixels(case, different, list(loader.epoch(different)))
+    first = different.renderings[0]
+    same = replace(different, renderings=(first, replace(first, size=80)))
+    check_pixels(case, same, list(loader.epoch(same)))
+
+
+def test_another_size_each_epoch(case: Case, loader: Loader) -> None:
+    for epoch, size in enumerate((32, 56, 40)):
+        work = make_work(case, (size,), seed=epoch)
+        check_pixels(case, work, list(loader.epoch(work)))
+
+
+def test_empty_last_batch(loader: Loader) -> None:
+    """Fewer samples left than ranks: this rank has no row of the last batch, but takes the step."""
+    plan = replace(plan_of(loader), order=np.arange(25, dtype=np.int64))  # 12 + 12 + 1: rank 0 of 2 has 6, 6, 0
+    batches = list(loader.epoch(plan.work((32,), rank=0, world_size=2)))
+    assert [len(batch.ids) for batch in batches] == [6, 6, 0]
+    assert batches[-1].images[0].shape == (0, 3, 32, 32)
+
+
+def test_resumed_epoch_is_the_rest_of_it(loader: Loader) -> None:
+    plan = plan_of(loader)
+    whole = list(loader.epoch(plan.work((32,))))
+    rest = list(loader.epoch(plan.work((32,), start_step=2)))
+    assert by_id(rest) == by_id(whole[2:])
+    assert list(loader.epoch(plan.work((32,), start_step=plan.steps))) == []
+
+
+def test_same_bytes_whatever_the_order_batch_size_and_workers(case: Case, loader: Loader) -> None:
+    expected = by_id(list(loader.epoch(plan_of(loader, epoch=0).work((48,)))))
+    assert len(expected) == PHOTOS
+    shuffled = plan_of(loader, epoch=1, batch_size=7).work((48,))
+    assert by_id(list(loader.epoch(shuffled))) == expected
+    for workers in (1, 3):
+        with case.open(workers=workers) as other:
+            assert by_id(list(other.epoch(plan_of(other, epoch=2).work((48,))))) == expected
+
+
+def test_same_bytes_on_one_and_two_ranks(case: Case, loader: Loader) -> None:
+    plan = plan_of(loader)
+    alone = list(loader.epoch(plan.work((48,))))
+    with case.open(workers=1) as other:
+        parts = [
+            list(rank.epoch(plan.work((48,), rank=r, world_size=2))) for r, rank in enumerate((loader, other))
+        ]
+    for whole, first, second in zip(alone, *parts, strict=True):
+        assert whole.ids.tolist() == first.ids.tolist() + second.ids.tolist()
+        assert torch.equal(whole.images[0], torch.cat([first.images[0], second.images[0]]))
+
+
+def test_starting_an_epoch_ends_the_running_one(case: Case, loader: Loader) -> None:
+    first_work, second_work = make_work(case, seed=1), make_work(case, seed=2)
+    first = loader.epoch(first_work)
+    next(first)
+    second = loader.epoch(second_work)
+    batches = [next(second)]
+    assert next(first, None) is None
+    batches += list(second)
+    check_pixels(case, second_work, batches)
+
+
+def resources() -> dict[str, int]:
+    """Threads, child processes and file descriptors of this process."""
+    gc.collect()
+    children = sum(
+        len((task / "children").read_text().split()) for task in Path("/proc/self/task").iterdir() if task.exists()
+    )
+    return {
+        "python threads": threading.active_count(),
+        "threads": len(list(Path("/proc/self/task").iterdir())),
+        "children": children,
+        "descriptors": len(list(Path("/proc/self/fd").iterdir())),
+    }
+
+
+def settled_resources(limit: dict[str, int], seconds: float = 5.0) -> dict[str, int]:
+    """Wait until nothing exceeds `limit`: threads and processes need a moment to go."""
+    end = time.monotonic() + seconds
+    while True:
+        now = resources()
+        if all(now[name] <= limit[name] for name in limit) or time.monotonic() > end:
+            return now
+        time.sleep(0.05)
+
+
+def test_breaking_out_of_epochs_leaks_nothing(case: Case) -> None:
+    def interrupted_epochs(loader: Loader, count: int) -> None:
+        for seed in range(count):
+            epoch = loader.epoch(make_work(case, (32,), batch_size=4, seed=seed))
+            next(epoch)
+            if seed % 2:
+                epoch.close()
+
+    with case.open() as warm:  # libraries start pools of their own once a process
+        interrupted_epochs(warm, 2)
+    before = resources()
+    with case.open() as loader:
+        interrupted_epochs(loader, 2)
+        running = resources()
+        interrupted_epochs(loader, 12)
+        assert len(list(loader.epoch(make_work(case)))) == 3
+        after = settled_resources(running)
+        assert all(after[name] <= running[name] for name in running), (running, after)
+    loader.close()  # twice is fine
+    closed = settled_resources(before)
+    assert all(closed[name] <= before[name] for name in before), (before, closed)
+
+
+@pytest.fixture(params=[name for name in CASES if name != "resident"])  # which has nothing to decode
+def damaged(request: pytest.FixtureRequest, photos: Path, tmp_path: Path) -> Case:
+    """A case of its own, whose files a test may damage."""
+    copy = tmp_path / "photos"
+    for path in photo_paths(photos):
+        target = copy / path.relative_to(photos)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path.resolve())
+    (tmp_path / "dataset").mkdir()
+    return CASES[request.param](copy, tmp_path / "dataset")
+
+
+def test_a_damaged_image_names_its_sample(damaged: Case) -> None:
+    assert damaged.damage
+    work = make_work(damaged)
+    bad = int(work.ids[20])
+    with damaged.open() as loader:
+        damaged.damage(damaged.path, bad)
+        epoch = loader.epoch(work)
+        next(epoch)  # the first batch is whole
+        with pytest.raises(DecodeError, match=re.escape(loader.index.names[bad])) as error:
+            list(epoch)
+        assert error.value.sample_id == bad
+        good = select(work, list(range(16)))
+        check_pixels(damaged, good, list(loader.epoch(good)))  # the loader still works
+
+
+def test_damaged_images_can_be_skipped_and_reported(damaged: Case, caplog: pytest.LogCaptureFixture) -> None:
+    """Two in one batch and one later: shown black under their own label; everything else is right."""
+    assert damaged.damage
+    work = make_work(damaged)
+    bad = sorted(int(work.ids[row]) for row in (2, 9, 35))
+    with damaged.open(on_decode_error="skip_and_report") as loader:
+        for sample in bad:
+            damaged.damage(damaged.path, sample)
+        for _ in range(2):
+            batches = list(loader.epoch(work))
+        assert sorted(loader.undecodable) == bad
+        assert [sum(loader.index.names[sample] in line for line in caplog.messages) for sample in bad] == [1, 1, 1]
+    shown = list(damaged.stored)
+    for sample in bad:
+        shown[sample] = np.zeros_like(shown[sample])
+    check_pixels(replace(damaged, stored=shown), work, batches)
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [damaged.labels[i] for i in work.ids]
+
+
+def odd_files(photo: Path, folder: Path) -> None:
+    """What a collection of photographs from the web holds besides plain RGB JPEGs."""
+    folder.mkdir(parents=True)
+    with Image.open(photo) as image:
+        rotated = Image.Exif()
+        rotated[0x0112] = 6  # orientation: shown rotated by 90 degrees
+        image.save(folder / "exif.JPEG", exif=rotated)
+        image.convert("CMYK").save(folder / "cmyk.JPEG")
+        image.convert("L").save(folder / "gray.JPEG")
+        image.save(folder / "progressive.JPEG", progressive=True)
+        image.save(folder / "full_chroma.JPEG", subsampling=0)
+        image.save(folder / "png.JPEG", "PNG")
+        image.convert("L").save(folder / "gray.png")
+        image.convert("P").save(folder / "palette.png")
+        transparent = image.convert("RGBA")
+        transparent.putalpha(image.convert("L"))
+        transparent.save(folder / "alpha.png")
+        image.save(folder / "bitmap.bmp")
+        image.save(folder / "web.webp", quality=80)
+
+
+@pytest.mark.parametrize("backend", READS_ORIGINALS)
+def test_odd_files_look_as_pillow_sees_them(backend: str, photos: Path, tmp_path: Path) -> None:
+    """EXIF rotation ignored, CMYK, gray and palettes converted, transparency dropped; names do not matter."""
+    odd_files(photo_paths(photos)[3], tmp_path / "tree/class0")
+    paths = photo_paths(tmp_path / "tree")
+    pixels = [read_pixels(path) for path in paths]
+    case = Case(backend, tmp_path / "tree", pixels, [0] * len(pixels), (0.5, 3))
+    work = make_work(case, batch_size=len(pixels))
+    with case.open() as loader:
+        for name in (path.name for path in paths):
+            print(name)
+            one = select(work, [int(np.flatnonzero(work.ids == [p.name for p in paths].index(name))[0])])
+            check_pixels(case, one, list(loader.epoch(one)))
+
+
+def test_a_missing_dataset_is_a_clear_error(case: Case, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file or folder"):
+        open_loader(case.backend, tmp_path / "nowhere", LoaderOptions())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        open_loader(case.backend, tmp_path / "empty", LoaderOptions())
+
+
+def test_an_unknown_backend_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got 'pillow'"):
+        open_loader("pillow", tmp_path, LoaderOptions())
