@@ -150,7 +150,7 @@ class TeacherCache:
             cache.check(manifest)
             return cache
         path.mkdir(parents=True, exist_ok=True)
-        need, free = manifest.views * manifest.view_bytes, _free_bytes(path)
+        need, free = manifest.views * manifest.view_bytes, free_bytes(path)
         if free < need:
             raise ValueError(
                 f"{path}: the cache takes {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; choose another "
@@ -240,7 +240,9 @@ class TeacherCache:
         return file
 
     def start(self, view: int) -> None:
-        """Lay out a view's files if they are not there. One process does this before others write."""
+        """Lay out a view's files if it is not complete and they are not there. One process does this for all."""
+        if self.complete(view):
+            return
         shape = (self.manifest.rows, self.manifest.row_bytes)
         for kind, size in (("", shape), ("done", shape[:1])):
             path = self._path(view, kind)
@@ -327,6 +329,6 @@ def _block_sums(rows: NDArray[np.uint8]) -> NDArray[np.uint32]:
     return np.array([zlib.crc32(rows[start : start + BLOCK_ROWS].data) for start in starts], np.uint32)
 
 
-def _free_bytes(path: Path) -> int:
+def free_bytes(path: Path) -> int:
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize

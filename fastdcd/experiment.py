@@ -103,11 +103,13 @@ def epoch_plan(config: Config, loader: Loader, family: ViewFamily, epoch: int) -
     )
 
 
-def build_teacher(config: Config, classes: int, accelerator: Accelerator) -> Teacher | None:
-    """The teacher, or None. One forward pass takes this process's share of a batch."""
+def build_teacher(
+    config: Config, classes: int, accelerator: Accelerator, *, processes: int | None = None
+) -> Teacher | None:
+    """The teacher, or None. One forward pass takes one process's share of a batch."""
     if config.teacher.mode == "none":
         return None
-    rows = -(-config.data.batch_size // accelerator.num_processes)
+    rows = -(-config.data.batch_size // (processes or accelerator.num_processes))
     return load_teacher(config, classes=classes, rows=rows, device=accelerator.device)
 
 
@@ -155,7 +157,6 @@ def write_results(
     module: DistillModule,
     progress: Progress,
     accuracy: Accuracy | None,
-    teacher: Teacher | None,
     finished: bool,
 ) -> dict[str, Any]:
     """Write summary.json, and student.safetensors if the run is finished. Returns the summary."""
@@ -166,7 +167,6 @@ def write_results(
         "top1": accuracy.top1 if accuracy else None,
         "top5": accuracy.top5 if accuracy else None,
         "student_parameters": sum(parameter.numel() for parameter in module.student.parameters()),
-        "teacher_images": teacher.images_seen if teacher else 0,
     }
     if accelerator.is_main_process:
         if finished:

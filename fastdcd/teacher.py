@@ -18,7 +18,6 @@ class Teacher(nn.Module):
         rows: images of one forward pass. A shorter batch is filled up with black images, so that every
             pass has one shape: a row's features then do not depend on the batch around it, bit for bit.
         size: height and width of the images it expects, pixels.
-        images_seen: images that went through the network, not counting the filling.
     """
 
     def __init__(
@@ -27,13 +26,11 @@ class Teacher(nn.Module):
         super().__init__()
         self.network, self.normalize = network, normalize
         self.size, self.rows, self.precision = size, rows, precision
-        self.images_seen = 0
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Pooled features float32 [n, d] of images uint8 [n, 3, size, size], before the classifier."""
-        self.images_seen += len(images)
         parts = [self._forward(part) for part in images.split(self.rows)]
         return torch.cat(parts) if parts else images.new_empty(0, self.network.feature_dim, dtype=torch.float32)
 

@@ -29,6 +29,9 @@ log = logging.getLogger("fastdcd")
 class TeacherMode(Protocol):
     """Knowledge of the teacher, batch by batch."""
 
+    images_seen: int
+    """Images the teacher looked at in training."""
+
     def begin(self, epoch: int) -> int | None:
         """Prepare an epoch. Returns the image size the teacher must see, or None if it looks at nothing."""
         ...
@@ -54,6 +57,8 @@ class TeacherMode(Protocol):
 
 class NoTeacher:
     """Training without a teacher."""
+
+    images_seen = 0
 
     def begin(self, epoch: int) -> int | None:
         return None
@@ -81,6 +86,7 @@ class OnlineTeacher(NoTeacher):
         return self.teacher.size
 
     def knowledge(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
+        self.images_seen += len(batch.ids)
         features = self.teacher.features(batch.images[-1])
         return ModelOutput(features, self.teacher.logits(features))
 
@@ -134,6 +140,7 @@ class FillingTeacher(CachedTeacher):
     def knowledge(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
         if self.reading:
             return super().knowledge(batch, rows)
+        self.images_seen += len(batch.ids)
         knowledge = self.online.knowledge(batch, rows)
         assert knowledge is not None
         self.cache.write(self.view, batch.ids, knowledge.features)

@@ -55,13 +55,17 @@ def train(cfg: Config) -> dict[str, Any]:
             found = evaluate(teacher, val_set, accelerator, cfg.eval, size=teacher.size)
             accelerator.print(f"teacher {cfg.teacher.model}: top-1 {found.top1:.2f} % on {cfg.data.val}")
         mode = open_mode(cfg, train_set, family, teacher, accelerator)
+        mode.images_seen = progress.teacher_images
         metrics = MetricsWriter(cfg.run.dir / "metrics.jsonl", accelerator, resume_step=progress.step)
         means, watch = RunningMeans(), Stopwatch(progress.seconds)
         accuracy: Accuracy | None = None
 
+        def now() -> Progress:
+            return replace(progress, seconds=watch.seconds, teacher_images=mode.images_seen)
+
         def save() -> None:
             mode.flush()
-            checkpoint.save(cfg, replace(progress, seconds=watch.seconds), module, optimizer, accelerator)
+            checkpoint.save(cfg, now(), module, optimizer, accelerator)
 
         # ---- the loop
         steps_an_epoch = experiment.epoch_plan(cfg, train_set, family, 0).steps
@@ -139,9 +143,7 @@ def train(cfg: Config) -> dict[str, Any]:
             accuracy = evaluate(module.predict, val_set, accelerator, cfg.eval, size=cfg.eval_size)
         metrics.close()
         accelerator.end_training()
-        summary = experiment.write_results(
-            cfg, accelerator, module, replace(progress, seconds=watch.seconds), accuracy, teacher, finished
-        )
+        summary = experiment.write_results(cfg, accelerator, module, now(), accuracy, finished)
     if finished and accuracy:
         accelerator.print(
             f"done: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %; results in {cfg.run.dir}"

@@ -1,0 +1,44 @@
+# make demo | test | lint each set up what they need, once; the second time they start at once.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help setup demo test lint format clean
+
+help:  ## what can be made
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## / : /'
+
+setup: $(VENV)/.ready  ## a virtual environment in .venv with the pinned versions of constraints.txt
+
+demo: $(VENV)/.ready  ## distil a student on real digits: teacher, cache, three students, one table, one picture
+	$(RUN) tools/demo.py
+
+test: $(VENV)/.ready-test  ## every test, every backend
+	$(RUN) -m pytest $(TESTS)
+
+lint: $(VENV)/.ready-test  ## style, formatting, types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(VENV)/.ready-test
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:  ## remove the virtual environment and everything that runs wrote
+	rm -rf $(VENV) runs data build
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: constraints.txt pyproject.toml | $(VENV)/bin/python
+	@echo "setting up $(VENV): torch and what it needs are about 5 GB, this takes some minutes"
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready tools/system_packages.sh
+	sh tools/system_packages.sh
+	$(PIP) -e '.[all,dev]'
+	@touch $@

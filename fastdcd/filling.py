@@ -1,0 +1,210 @@
+"""Filling, checking and pricing a teacher cache: the work behind tools/cache_teacher.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from fastdcd import experiment
+from fastdcd.cache import Manifest, TeacherCache, free_bytes
+from fastdcd.config import Config
+from fastdcd.models import ModelOutput
+from fastdcd.optim import build_optimizer
+from fastdcd.teacher import Teacher
+from fastdcd.teacher_modes import expected_manifest
+from pipelines.base import Loader
+from pipelines.plan import Rendering, Work
+from pipelines.prefetch import prefetch
+from pipelines.views import ViewFamily
+
+# A fill that is killed loses at most the rows of this many seconds.
+FLUSH_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a fill works with."""
+
+    config: Config
+    accelerator: Accelerator
+    loader: Loader
+    family: ViewFamily
+    teacher: Teacher
+
+    @property
+    def manifest(self) -> Manifest:
+        return expected_manifest(self.config, self.loader, self.family, self.teacher)
+
+
+def open_parts(config: Config) -> Parts:
+    """Open the training set and the teacher of a config.
+
+    Raises ValueError if it names no teacher or cache, or any of them cannot be opened.
+    """
+    if config.teacher.mode == "none" or config.cache.path is None:
+        raise ValueError("teacher.mode and cache.path must be set to fill a cache; set both in the config")
+    accelerator = experiment.make_accelerator(config)
+    with accelerator.main_process_first():
+        loader = experiment.open_set(config.data, config.data.train, accelerator.device, "data.train")
+    # always chunks of the whole batch size, whatever the number of processes: the bytes stay the same
+    teacher = experiment.build_teacher(config, len(loader.index.classes), accelerator, processes=1)
+    assert teacher is not None
+    family = experiment.view_family(config)
+    return Parts(config=config, accelerator=accelerator, loader=loader, family=family, teacher=teacher)
+
+
+def fill(parts: Parts, *, repair: bool = False) -> None:
+    """Write what is missing of all views. May be killed and started again at any time, on any number of
+    processes. With `repair`, rows whose checksum is wrong are written again first.
+
+    Raises ValueError if the folder holds another cache, is being filled by others, or the disk is too small.
+    """
+    config, accelerator, manifest = parts.config, parts.accelerator, parts.manifest
+    assert config.cache.path is not None
+    lock = None
+    if accelerator.is_main_process:
+        cache = TeacherCache.create(config.cache.path, manifest, parts.teacher.network.classifier)
+        lock = cache.lock_for_filling()
+    accelerator.wait_for_everyone()
+    cache = TeacherCache.open(config.cache.path)
+    for view in range(manifest.views):
+        if accelerator.is_main_process:
+            if repair and cache.complete(view) and (damaged := cache.verify(view)):
+                rows = sum(map(len, damaged))
+                accelerator.print(f"view {view}: {rows} rows in {len(damaged)} damaged blocks are written again")
+                cache.reopen(view, damaged)
+            cache.start(view)
+        accelerator.wait_for_everyone()
+        if not cache.complete(view):
+            _fill_view(parts, cache, view)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and not cache.complete(view):
+            cache.finish(view)
+        accelerator.wait_for_everyone()
+    if lock:
+        lock.close()
+
+
+def _fill_view(parts: Parts, cache: TeacherCache, view: int) -> None:
+    accelerator, teacher, rows = parts.accelerator, parts.teacher, cache.manifest.rows
+    ids = _mine(cache.done(view), teacher.rows, accelerator)
+    boxes, flips = parts.family.boxes(parts.config.views.seed, ids, view, parts.loader.index.sizes[ids])
+    work = Work(
+        ids=ids,
+        renderings=(Rendering(boxes=boxes, flips=flips, size=teacher.size),),
+        batch_size=teacher.rows,
+        batches=-(-len(ids) // teacher.rows),
+    )
+    bar = tqdm(
+        desc=f"view {view + 1}/{cache.manifest.views}",
+        total=rows,
+        initial=rows - len(ids) * accelerator.num_processes,
+        unit="rows",
+        disable=None if accelerator.is_main_process else True,
+    )
+    flushed = time.monotonic()
+    for batch, _ in prefetch(parts.loader.epoch(work), lambda ids: None, accelerator.device):
+        cache.write(view, batch.ids, teacher.features(batch.images[0]))
+        bar.update(len(batch.ids) * accelerator.num_processes)
+        if time.monotonic() - flushed > FLUSH_SECONDS:
+            cache.flush()
+            flushed = time.monotonic()
+    cache.flush()
+    cache.release(view)
+    bar.close()
+
+
+def _mine(done: NDArray[np.bool_], chunk: int, accelerator: Accelerator) -> NDArray[np.int64]:
+    """Ids of this process's chunks that have rows to do. Chunks are always whole: the same passes, the same bits."""
+    starts = [start for start in range(0, len(done), chunk) if not done[start : start + chunk].all()]
+    mine = starts[accelerator.process_index :: accelerator.num_processes]
+    pieces = [np.arange(start, min(start + chunk, len(done))) for start in mine]
+    return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+
+def verify(config: Config) -> dict[int, list[range]]:
+    """Damaged rows of each complete view, by checksum. Raises ValueError if there is no cache."""
+    assert config.cache.path is not None
+    cache = TeacherCache.open(config.cache.path)
+    views = [view for view in range(cache.manifest.views) if cache.complete(view)]
+    return {view: cache.verify(view) for view in tqdm(views, "verify", unit="view", disable=None)}
+
+
+def estimate(parts: Parts, *, seconds: float = 5.0) -> dict[str, Any]:
+    """What a cache would cost and save, measured here: nothing is written.
+
+    Returns bytes, rates (images/s) and seconds; see `tools/cache_teacher.py estimate`.
+    """
+    config, manifest = parts.config, parts.manifest
+    accelerator = parts.accelerator
+    rows, epochs, views = manifest.rows, config.train.epochs, manifest.views
+    size = config.student_size(0)
+    batch = config.data.batch_size
+    images = torch.randint(0, 256, (batch, 3, parts.teacher.size, parts.teacher.size), dtype=torch.uint8)
+    images = images.to(accelerator.device)
+    teacher_step = _median_seconds(lambda: parts.teacher.features(images), seconds, accelerator)
+
+    module = experiment.build_student(config, len(parts.loader.index.classes), parts.teacher, accelerator).train()
+    optimizer = build_optimizer(module, config.optim)
+    student_images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=accelerator.device)
+    labels = torch.randint(0, len(parts.loader.index.classes), (batch,), device=accelerator.device)
+    features = torch.rand(batch, manifest.dim, device=accelerator.device)
+
+    def step() -> None:
+        known = ModelOutput(features, parts.teacher.logits(features))
+        with accelerator.autocast():
+            loss = module(student_images, labels, known, batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    cached_step = _median_seconds(step, seconds, accelerator)
+    fill_seconds = views * rows / batch * teacher_step
+    saved = epochs * rows / batch * teacher_step  # of one run
+    path = config.cache.path
+    assert path is not None
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return {
+        "rows": rows,
+        "views": views,
+        "bytes_a_view": manifest.view_bytes,
+        "bytes": views * manifest.view_bytes,
+        "free_bytes": free_bytes(existing),
+        "teacher_images_per_second": batch / teacher_step,
+        "fill_seconds": fill_seconds,
+        "cached_step_seconds": cached_step,
+        "online_step_seconds": cached_step + teacher_step,
+        "teacher_share_of_online_step": teacher_step / (cached_step + teacher_step),
+        "saved_seconds_a_run": saved,
+        "runs_to_break_even": fill_seconds / saved,
+        "epochs_to_break_even": views,
+    }
+
+
+def _median_seconds(call: Any, seconds: float, accelerator: Accelerator) -> float:
+    """Median time of a call, after two to warm up, over about `seconds` or at least three calls."""
+    times: list[float] = []
+    begin = time.perf_counter()
+    for number in _until(begin, seconds):
+        start = time.perf_counter()
+        call()
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= 2:
+            times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def _until(begin: float, seconds: float) -> Iterator[int]:
+    number = 0
+    while number < 5 or time.perf_counter() - begin < seconds:
+        yield number
+        number += 1

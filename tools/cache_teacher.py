@@ -1,0 +1,123 @@
+"""Estimate, fill or verify a teacher cache."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
+
+from fastdcd import cli, config, filling
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="cache_teacher.py",
+        description="Estimate what a teacher cache costs and saves, fill it, or verify it.",
+        epilog="example: accelerate launch tools/cache_teacher.py fill --config configs/digits/dcd_kd.yaml",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("estimate", "print size, fill time and what a run saves; write nothing"),
+        ("fill", "write the views that are missing; may be interrupted and started again"),
+        ("verify", "compare every block with its checksum; exit 1 if one differs"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        config.add_arguments(command)
+        if name == "fill":
+            command.add_argument(
+                "--repair", action="store_true", help="first find damaged rows and write them again"
+            )
+    arguments = parser.parse_args()
+    cfg = config.load(arguments.config, arguments.set)
+    return {"estimate": estimate, "fill": fill, "verify": verify}[arguments.command](cfg, arguments)
+
+
+def estimate(cfg: config.Config, arguments: argparse.Namespace) -> int:
+    with (parts := filling.open_parts(cfg)).loader:
+        print(_table(filling.estimate(parts)))
+    return 0
+
+
+def fill(cfg: config.Config, arguments: argparse.Namespace) -> int:
+    with (parts := filling.open_parts(cfg)).loader:
+        filling.fill(parts, repair=arguments.repair)
+        manifest = parts.manifest
+        size = manifest.views * manifest.view_bytes
+        parts.accelerator.print(
+            f"{cfg.cache.path}: {manifest.views} views of {manifest.rows} rows, {manifest.dim} features each as "
+            f"{manifest.dtype}, {_bytes(size)}"
+        )
+    return 0
+
+
+def verify(cfg: config.Config, arguments: argparse.Namespace) -> int:
+    if cfg.cache.path is None:
+        raise ValueError("cache.path is missing; set it in the config or with --set cache.path=...")
+    result = filling.verify(cfg)
+    damaged = {view: blocks for view, blocks in result.items() if blocks}
+    for view, blocks in damaged.items():
+        rows = ", ".join(f"{block.start}-{block.stop - 1}" for block in blocks[:5])
+        print(
+            f"view {view}: {len(blocks)} blocks differ from their checksum, rows {rows}{' ...' if blocks[5:] else ''}"
+        )
+    if damaged:
+        print("write them again: python tools/cache_teacher.py fill --repair --config ...")
+        return 1
+    print(f"{cfg.cache.path}: {len(result)} complete views, every block as written")
+    return 0
+
+
+def _table(found: dict[str, Any]) -> str:
+    share = found["teacher_share_of_online_step"]
+    fits = found["bytes"] < found["free_bytes"]
+    if not fits:
+        advice = "does not fit on this disk: fewer views.count, cache.dtype uint8, or another cache.path"
+    elif share < 0.1:
+        advice = f"do not cache: the teacher is {share:.0%} of an online step; teacher.mode online costs little"
+    elif found["runs_to_break_even"] <= 1:
+        advice = (
+            "cache: it has paid for itself before the first run ends"
+            if found["runs_to_break_even"] < 1
+            else (
+                "cache if you train more than one student: it breaks even after one run, every further run is cheaper"
+            )
+        )
+    else:
+        advice = f"cache if you train {found['runs_to_break_even']:.1f} students or more"
+    lines = [
+        ("rows x views", f"{found['rows']:,} x {found['views']}"),
+        ("size of a view, of all", f"{_bytes(found['bytes_a_view'])}, {_bytes(found['bytes'])}"),
+        ("free on that disk", _bytes(found["free_bytes"])),
+        ("teacher alone, measured", f"{found['teacher_images_per_second']:,.0f} images/s"),
+        ("time to fill, one process", _time(found["fill_seconds"])),
+        (
+            "step with a cache, online",
+            f"{found['cached_step_seconds'] * 1e3:.1f} ms, {found['online_step_seconds'] * 1e3:.1f} ms",
+        ),
+        ("teacher's share of an online step", f"{share:.0%}"),
+        ("saved by each run", _time(found["saved_seconds_a_run"])),
+        ("breaks even after", f"{found['runs_to_break_even']:.2f} runs ({found['epochs_to_break_even']} epochs)"),
+        ("advice", advice),
+    ]
+    return "\n".join(f"{name:<36}{value}" for name, value in lines)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+if __name__ == "__main__":
+    cli.run(main)
