@@ -1,0 +1,321 @@
+"""FFCV's .beton files: a streaming writer that survives kill -9, and a checked reader of their layout.
+
+FFCV's own field encoders make the bytes of a sample, and FFCV's own Loader reads the result. The layout is
+written here because FFCV's DatasetWriter needs the number of good samples in advance, hangs on a bad one,
+places samples in an order that depends on timing, and cannot resume.
+
+Layout (ffcv.types): header, field descriptors, one metadata record a sample, then data in pages (a sample
+never crosses a page), at the end the allocation table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.encode import Source, Storage, read_pixels, shrink
+from pipelines.index import DatasetIndex
+from pipelines.views import hash_key, uniform
+
+PAGE_SIZE = 1 << 23  # 8 MiB, the default of FFCV's DatasetWriter; a sample must fit into a page
+IMAGE, LABEL = "image", "label"  # the names of FFCV's ImageNet recipes
+RAW = 1  # ffcv.fields.rgb_image.IMAGE_MODES
+
+
+def import_ffcv() -> ModuleType:
+    """FFCV, without the change of torch's thread count that importing it makes.
+
+    Raises ValueError that says what to install if it is missing.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        import ffcv
+        import ffcv.fields
+        import ffcv.reader
+        import ffcv.types
+    except ImportError as error:
+        raise ValueError(
+            f"FFCV is not installed ({error}): apt-get install pkg-config libopencv-dev libturbojpeg0-dev, "
+            "then pip install 'fastdcd[ffcv]'"
+        ) from error
+    finally:
+        torch.set_num_threads(threads)
+    return ffcv
+
+
+def index_folder(path: Path) -> Path:
+    """Where the DatasetIndex of a .beton lies: beside it."""
+    return path.with_name(f"{path.name}.index")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BetonRecord:
+    """One encoded sample.
+
+    Attributes:
+        name, label: as in Source.
+        height, width: of the stored image.
+        mode: 0 JPEG, 1 raw pixels.
+        payload: uint8 [n], what stands in the file.
+    """
+
+    name: str
+    label: int
+    height: int
+    width: int
+    mode: int
+    payload: NDArray[np.uint8]
+
+
+def encode_record(source: Source, position: int, storage: Storage) -> BetonRecord:
+    """Encode a sample with FFCV's field encoder; `position`, its place in the source, decides JPEG or raw.
+
+    Raises ValueError with the reason if it cannot be decoded.
+    """
+    fields = import_ffcv().fields
+    pixels = shrink(read_pixels(source.data), storage.max_size)
+    draw = uniform(hash_key(storage.seed, np.array([position]), 0), 0)[0]
+    field = fields.RGBImageField(write_mode="jpg" if draw < storage.jpeg else "raw", jpeg_quality=storage.quality)
+    payloads: list[NDArray[np.uint8]] = []
+
+    def allocate(size: int) -> tuple[int, NDArray[np.uint8]]:
+        payloads.append(np.empty(size, np.uint8))
+        return 0, payloads[-1]
+
+    destination = np.zeros(1, field.metadata_type)
+    field.encode(destination, pixels, allocate)
+    return BetonRecord(
+        name=source.name,
+        label=source.label,
+        height=int(destination["height"][0]),
+        width=int(destination["width"][0]),
+        mode=int(destination["mode"][0]),
+        payload=payloads[0],
+    )
+
+
+class BetonWriter:
+    """Writes a .beton part by part, in order; a new writer on the same path goes on after the last part.
+
+    While it runs, the file is a hidden .NAME.partial beside the final one, with a .NAME.journal that names
+    the parts safely on disk. Memory does not grow with the data set until `finish`.
+
+        writer = BetonWriter(path, capacity=len(sources), storage=storage)
+        for chunk in chunks_of(sources[writer.sources:]):
+            writer.append(records_of(chunk), sources=number of sources so far, rejected ones included)
+        writer.finish(classes)
+    """
+
+    def __init__(self, path: Path, *, capacity: int, storage: Storage, page_size: int = PAGE_SIZE) -> None:
+        """Start or resume.
+
+        Args:
+            path: the final .beton.
+            capacity: the largest possible number of samples: that many metadata records are set aside.
+            storage: recorded, so that a run with other settings does not resume this one.
+
+        Raises:
+            ValueError: an unfinished file with other settings lies there.
+        """
+        self._path, self._capacity, self._page_size = path, capacity, page_size
+        self._types = import_ffcv().types
+        self._metadata_start = self._types.HeaderType.itemsize + 2 * self._types.FieldDescType.itemsize
+        self._metadata_type = self._types.get_metadata_type(self._fields())
+        start = self._metadata_start + capacity * self._metadata_type.itemsize
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._journal = path.with_name(f".{path.name}.journal")
+        header = {"capacity": capacity, "page_size": page_size, **asdict(storage)}
+        self.sources, self._end = self._resume(header, start + -start % page_size)
+        self._file = self._partial.open("r+b")
+        self._file.truncate(self._end)
+        self._file.seek(self._end)
+
+    def _fields(self) -> list[Any]:
+        fields = import_ffcv().fields
+        return [fields.RGBImageField(), fields.IntField()]
+
+    def _resume(self, header: dict[str, Any], start: int) -> tuple[int, int]:
+        """Sources done and the end of the data that an earlier run has left, or a fresh start."""
+        if self._partial.exists() and self._journal.exists():
+            lines = self._read_journal()
+            if lines and lines[0] != header:
+                raise ValueError(
+                    f"{self._partial}: an unfinished file made with other settings ({lines[0]}, now {header}); "
+                    "use the same, or delete it and its .journal"
+                )
+            if lines:
+                # a last line that the crash cut off is dropped, and so are the bytes after the last whole one
+                self._journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+                return (lines[-1]["sources"], lines[-1]["end"]) if len(lines) > 1 else (0, start)
+        self._partial.write_bytes(b"")
+        self._journal.write_text(json.dumps(header) + "\n")
+        return 0, start
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        lines = []
+        for line in self._journal.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        return lines
+
+    def append(self, records: Sequence[BetonRecord], sources: int) -> None:
+        """Write a part and put it safely on disk.
+
+        Args:
+            records: the good samples among the sources of this part, in order.
+            sources: how many sources are done with this part, bad ones included: `self.sources` after a resume.
+
+        Raises:
+            ValueError: a sample does not fit into a page.
+            OSError: the disk is full; what was written before stays resumable.
+        """
+        rows = []
+        for record in records:
+            size = len(record.payload)
+            if size > self._page_size:
+                raise ValueError(
+                    f"{record.name}: {size:,} bytes do not fit into a page of {self._page_size:,}; "
+                    "shrink images (max_size) or store them as JPEG"
+                )
+            left = self._page_size - self._end % self._page_size
+            if size > left:
+                self._file.write(bytes(left))
+                self._end += left
+            rows.append([record.label, record.mode, record.height, record.width, self._end, size, record.name])
+            self._file.write(record.payload.data)
+            self._end += size
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        with self._journal.open("a") as journal:
+            journal.write(json.dumps({"sources": sources, "end": self._end, "rows": rows}) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+        self.sources = sources
+
+    def finish(self, classes: Sequence[str]) -> DatasetIndex:
+        """Write metadata, table and header, then the index, and give the file its final name.
+
+        Raises ValueError if there is not one sample.
+        """
+        rows = [row for line in self._read_journal()[1:] for row in line["rows"]]
+        if not rows:
+            raise ValueError(f"{self._path}: no samples to write")
+        assert len(rows) <= self._capacity
+        labels, modes, heights, widths, pointers, sizes = np.array([row[:6] for row in rows], np.int64).T
+        self._file.write(bytes(-self._end % self._page_size))
+        table = np.zeros(len(rows), self._types.ALLOC_TABLE_TYPE)
+        table["sample_id"], table["ptr"], table["size"] = np.arange(len(rows)), pointers, sizes
+        table_start = self._file.tell()
+        self._file.write(table.tobytes())
+
+        metadata = np.zeros(len(rows), self._metadata_type)
+        image = metadata["f0"]
+        image["mode"], image["height"], image["width"], image["data_ptr"] = modes, heights, widths, pointers
+        metadata["f1"] = labels
+        self._file.seek(0)
+        self._file.write(self._header(len(rows), table_start) + self._descriptors() + metadata.tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        index = DatasetIndex(
+            classes=tuple(classes),
+            labels=labels,
+            sizes=np.stack([heights, widths], 1).astype(np.int32),
+            names=[row[6] for row in rows],
+            offsets=pointers,
+            lengths=sizes,
+        )
+        index.save(index_folder(self._path))
+        self._partial.replace(self._path)
+        self._journal.unlink()
+        return index
+
+    def _header(self, count: int, table_start: int) -> bytes:
+        header = np.zeros(1, self._types.HeaderType)
+        header["version"], header["num_samples"] = self._types.CURRENT_VERSION, count
+        header["num_fields"], header["page_size"] = 2, self._page_size
+        header["alloc_table_ptr"] = table_start
+        return header.tobytes()
+
+    def _descriptors(self) -> bytes:
+        type_ids = {handler: number for number, handler in self._types.TYPE_ID_HANDLER.items()}
+        descriptors = np.zeros(2, self._types.FieldDescType)
+        for row, (name, field) in enumerate(zip((IMAGE, LABEL), self._fields(), strict=True)):
+            descriptors[row]["type_id"] = type_ids[type(field)]
+            descriptors[row]["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+            descriptors[row]["arguments"][:] = np.frombuffer(field.to_binary().tobytes(), np.uint8)
+        return descriptors.tobytes()
+
+    def close(self) -> None:
+        """Leave an unfinished file to be resumed."""
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class BetonLayout:
+    """Where everything is in a .beton, checked.
+
+    Attributes:
+        labels: int64 [N].
+        sizes: int32 [N, 2], height and width.
+        raw: bool [N], raw pixels rather than JPEG.
+        pointers, lengths: int64 [N], the bytes of each image in the file.
+    """
+
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+    raw: NDArray[np.bool_]
+    pointers: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+
+def read_layout(path: Path) -> BetonLayout:
+    """Read and check the layout of any .beton with an image and an integer label.
+
+    Raises ValueError for another kind of file, other fields, or a file that has lost its tail: FFCV itself
+    opens that and returns wrong pixels.
+    """
+    ffcv = import_ffcv()
+    broken = f"{path}: not a whole .beton file; copy or convert it again"
+    try:
+        reader = ffcv.reader.Reader(str(path))
+    except (AssertionError, ValueError, IndexError, KeyError, OSError, TypeError, MemoryError) as error:
+        raise ValueError(f"{broken} ({error})") from error
+    image_fields = [n for n, f in reader.handlers.items() if isinstance(f, ffcv.fields.RGBImageField)]
+    label_fields = [n for n, f in reader.handlers.items() if isinstance(f, ffcv.fields.IntField)]
+    if len(image_fields) != 1 or len(label_fields) != 1:
+        raise ValueError(
+            f"{path}: its fields are {', '.join(reader.field_names)}; expected one RGBImageField and one IntField"
+        )
+    if len(reader.metadata) < reader.num_samples:
+        raise ValueError(f"{broken} (it ends in its metadata)")
+    image = reader.metadata[f"f{reader.field_names.index(image_fields[0])}"]
+    labels = reader.metadata[f"f{reader.field_names.index(label_fields[0])}"].astype(np.int64)
+    pointers = image["data_ptr"].astype(np.int64)
+    table = reader.alloc_table[np.argsort(reader.alloc_table["ptr"])]
+    rows = np.searchsorted(table["ptr"], image["data_ptr"])
+    found = np.zeros(len(image), np.bool_)
+    inside = rows < len(table)
+    found[inside] = table["ptr"][rows[inside]] == image["data_ptr"][inside]
+    if not found.all():
+        raise ValueError(
+            f"{broken} (its table knows {int(found.sum()):,} of {len(image):,} images: the end is missing)"
+        )
+    lengths = table["size"][rows].astype(np.int64)
+    sizes = np.stack([image["height"], image["width"]], 1).astype(np.int32)
+    raw = image["mode"] == RAW
+    if (lengths[raw] != sizes[raw].astype(np.int64).prod(1) * 3).any():
+        raise ValueError(f"{broken} (a raw image is not as long as its height and width say)")
+    return BetonLayout(labels=labels, sizes=sizes, raw=raw, pointers=pointers, lengths=lengths)
