@@ -239,7 +239,7 @@ class Run:
 
     __pydantic_config__ = _STRICT
     dir: Path | None = None
-    """The run's folder; runs/NAME-OF-THE-CONFIG if not given."""
+    """The run's folder; for configs/A/B.yaml runs/A/B if not given."""
     seed: int = 0
     """Seed of the order, the initial weights and dropout."""
     trackers: tuple[str, ...] = ("tensorboard",)
@@ -332,7 +332,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         node[parts[-1]] = _yaml(text, f"--set {override}")
     config = parse(tree, str(path))
     if config.run.dir is None:
-        tree.setdefault("run", {})["dir"] = f"runs/{path.stem}"
+        # configs/cifar100/x.yaml -> runs/cifar100/x
+        names = path.with_suffix("").parts
+        below = names[names.index("configs") + 1 :] if "configs" in names else names[-1:]
+        tree.setdefault("run", {})["dir"] = str(Path("runs", *below))
         config = parse(tree, str(path))
     return config
 
