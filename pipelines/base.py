@@ -159,6 +159,7 @@ def empty_batch(work: Work) -> Batch:
 BACKENDS: dict[str, str] = {
     "torch": "pipelines.torch_loader:TorchLoader",
     "resident": "pipelines.resident_loader:ResidentLoader",
+    "ffcv": "pipelines.ffcv_loader:FFCVLoader",
 }
 
 

@@ -4,7 +4,10 @@ A backend joins by adding a `Case` maker below: it stores the photographs in its
 pixels it stored. Expected pixels come from Pillow, written here independently of any loader.
 """
 
+import functools
 import gc
+import importlib.util
+import io
 import re
 import threading
 import time
@@ -15,10 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import absent
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from pipelines import beton
 from pipelines.base import BACKENDS, Batch, DecodeError, Loader, LoaderOptions, open_loader
+from pipelines.encode import Source, Storage
 from pipelines.index import DatasetIndex
 from pipelines.plan import EpochPlan, Rendering, Work, order
 from pipelines.views import RandomResizedCrop
@@ -37,7 +43,7 @@ class Case:
         stored: the pixels of every sample, uint8 [H, W, 3], by id.
         labels: by id.
         tolerance: mean and largest difference (of 255) from Pillow's crop and resize of `stored`.
-        damage: cuts a sample's encoded bytes short, by id; None if the backend holds plain pixels.
+        damage: destroys a sample's encoded bytes, by id; None if plain pixels are stored.
     """
 
     name: str
@@ -104,7 +110,51 @@ def resident_case(photos: Path, scratch: Path) -> Case:
     return Case("resident", scratch, pixels, labels, (0.3, 2))
 
 
-CASES: dict[str, Callable[[Path, Path], Case]] = {"torch": torch_case, "resident": resident_case}
+def stored_sources(photos: Path) -> list[Source]:
+    """The photographs as a converter gets them."""
+    paths, labels = photo_paths(photos), folder_labels(photos)
+    names = [str(path.relative_to(photos)) for path in paths]
+    return [Source(name=n, label=v, data=p.read_bytes()) for n, v, p in zip(names, labels, paths, strict=True)]
+
+
+def need(module: str) -> None:
+    """An optional package: without it, its backend is not tested."""
+    if importlib.util.find_spec(module) is None:
+        absent(f"{module} is not installed")
+
+
+def ffcv_case(photos: Path, scratch: Path, jpeg: float) -> Case:
+    """Images of at most 400 pixels, JPEG or raw."""
+    need("ffcv")
+    storage = Storage(max_size=400, jpeg=jpeg)
+    path = scratch / "photos.beton"
+    records = [beton.encode_record(s, number, storage) for number, s in enumerate(stored_sources(photos))]
+    writer = beton.BetonWriter(path, capacity=len(records), storage=storage)
+    writer.append(records, sources=len(records))
+    index = writer.finish([f"class{number}" for number in range(8)])
+    assert index.offsets is not None
+    if jpeg:
+        pixels = [np.array(Image.open(io.BytesIO(record.payload.tobytes()))) for record in records]
+    else:
+        pixels = [record.payload.reshape(record.height, record.width, 3) for record in records]
+    offsets = index.offsets.tolist()
+
+    def damage(path: Path, sample: int) -> None:
+        with path.open("r+b") as file:
+            file.seek(offsets[sample])
+            file.write(bytes(100))
+
+    name, labels = ("ffcv-jpeg" if jpeg else "ffcv-raw"), [record.label for record in records]
+    return Case(name, path, pixels, labels, (0.3, 2), damage if jpeg else None)
+
+
+CASES: dict[str, Callable[[Path, Path], Case]] = {
+    "torch": torch_case,
+    "resident": resident_case,
+    "ffcv-jpeg": functools.partial(ffcv_case, jpeg=1.0),
+    "ffcv-raw": functools.partial(ffcv_case, jpeg=0.0),
+}
+PLAIN_PIXELS = ("resident", "ffcv-raw")  # nothing to decode, nothing that can fail to
 READS_ORIGINALS = ("torch",)
 
 
@@ -344,7 +394,7 @@ def test_breaking_out_of_epochs_leaks_nothing(case: Case) -> None:
     assert all(closed[name] <= before[name] for name in before), (before, closed)
 
 
-@pytest.fixture(params=[name for name in CASES if name != "resident"])  # which has nothing to decode
+@pytest.fixture(params=[name for name in CASES if name not in PLAIN_PIXELS])
 def damaged(request: pytest.FixtureRequest, photos: Path, tmp_path: Path) -> Case:
     """A case of its own, whose files a test may damage."""
     copy = tmp_path / "photos"
