@@ -1,9 +1,27 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests: real data, and small runs of the real programs."""
 
+import contextlib
+import io
+import json
+import logging
 import os
+import runpy
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from fastdcd import config
+from fastdcd.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -22,3 +40,125 @@ def shared() -> Path:
     if not SHARED.is_dir():
         absent(f"no real data at {SHARED}: this test needs it")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Each test begins without Accelerate's settings of the last."""
+    yield
+    forget_accelerate()
+
+
+def forget_accelerate() -> None:
+    """Accelerate keeps its settings for the life of a process: another precision needs a new start."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_user_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Indexes of image folders go to a folder of this session, not to the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a program ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_program(path: str, *arguments: object) -> Ran:
+    """Run a program of the checkout by its path, in this process: importing torch takes seconds."""
+    argv, search, handlers = sys.argv, list(sys.path), list(logging.getLogger().handlers)
+    sys.argv = [str(ROOT / path), *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    code: Any = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv, sys.path[:] = argv, search
+        logging.getLogger().handlers[:] = handlers
+    return Ran(code=code or 0, out=out.getvalue(), err=err.getvalue())
+
+
+@dataclass(frozen=True)
+class Digits:
+    """scikit-learn's digits as a user would have them.
+
+    folder: class folders of PNG files, train/ and val/. resident: the same, converted. teacher: weights of
+    cifar:resnet8 after a short training.
+    """
+
+    folder: Path
+    resident: Path
+    teacher: Path
+
+    def tree(self, **sections: dict[str, Any]) -> dict[str, Any]:
+        """A small config as a nested dictionary, sections overridden."""
+        tree: dict[str, dict[str, Any]] = {
+            "data": {
+                "train": str(self.resident / "train"),
+                "val": str(self.resident / "val"),
+                "backend": "resident",
+                "batch_size": 64,
+                "device": "cpu",
+            },
+            "views": {"family": "pad_crop", "padding": 1, "flip": 0.5},
+            "student": {"model": f"{ROOT}/configs/digits/tiny.py:tiny", "image_size": 8},
+            "teacher": {"model": "cifar:resnet8", "checkpoint": str(self.teacher), "evaluate": False},
+            "optim": {"lr": 0.1},
+            "schedule": {"name": "one_cycle", "warmup": 1},
+            "train": {"epochs": 3, "log_every": 1},
+            "eval": {"crop_ratio": 1.0},
+            "run": {"trackers": []},
+        }
+        for name, values in sections.items():
+            tree[name] = {**tree.get(name, {}), **values}
+        return tree
+
+    def config(self, run: Path, /, **sections: dict[str, Any]) -> config.Config:
+        """The same, parsed, writing to `run`."""
+        sections["run"] = {"dir": str(run), **sections.get("run", {})}
+        return config.parse(self.tree(**sections), "test")
+
+    def file(self, path: Path, /, **sections: dict[str, Any]) -> Path:
+        """The same as a YAML file, its run beside it."""
+        sections["run"] = {"dir": str(path.parent / "run"), **sections.get("run", {})}
+        path.write_text(yaml.safe_dump(self.tree(**sections)))
+        return path
+
+
+# Distillation with everything switched on; teacher.mode is for the test to choose.
+BOTH = {"kd": 1.0, "dcd": 1.0}
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    root = tmp_path_factory.mktemp("digits")
+    data = load_digits()
+    for number, (pixels, label) in enumerate(zip(data.images, data.target, strict=True)):
+        if number >= 700:
+            break
+        path = root / "images" / ("train" if number < 500 else "val") / str(label) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.rint(pixels / 16 * 255).astype(np.uint8)).save(path)
+    for part in ("train", "val"):
+        ran = run_program("tools/convert.py", "resident", root / "images" / part, root / "resident" / part)
+        assert ran.code == 0, ran.err
+    made = Digits(root / "images", root / "resident", root / "teacher" / "student.safetensors")
+    torch.manual_seed(0)
+    train(made.config(root / "teacher", student={"model": "cifar:resnet8"}, teacher={"mode": "none"}))
+    forget_accelerate()
+    return made
+
+
+def metric_lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of a kind (train, eval, epoch) in a run's metrics.jsonl."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]

@@ -1,0 +1,283 @@
+"""Training through its public entry: what is promised of cached teachers, resuming and results."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BOTH, ROOT, Digits, forget_accelerate, metric_lines, run_program
+from safetensors.torch import load_file
+
+from fastdcd import config
+from fastdcd.train import train
+
+# Loss of 20 steps of DCD + KD on digits, CPU, float32. A change that moves it changes training itself.
+GOLDEN = [
+    6.78935,
+    7.00402,
+    6.88938,
+    6.89097,
+    6.82358,
+    6.88099,
+    6.80333,
+    6.53871,
+    6.7683,
+    6.75415,
+    6.72219,
+    6.8028,
+    6.73011,
+    6.72553,
+    6.75523,
+    6.57131,
+    6.63742,
+    6.62957,
+    6.70872,
+    6.70938,
+]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metric_lines(run, "train")]
+
+
+def fill_and_train(digits: Digits, folder: Path, *, views: int, dtype: str) -> Path:
+    cache = {"path": str(folder / "cache"), "dtype": dtype}
+    sections = {"loss": BOTH, "teacher": {"mode": "cached"}, "views": {"count": views}, "cache": cache}
+    file = digits.file(folder / "cached.yaml", **sections)
+    ran = run_program("tools/cache_teacher.py", "fill", "--config", file)
+    assert ran.code == 0, ran.err
+    train(config.load(file))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("views", [0, 3, 2, 1])
+def test_cached_training_is_online_training_bit_for_bit(digits: Digits, tmp_path: Path, views: int) -> None:
+    """Also with fewer views than epochs: the online teacher is then shown the same repeating views."""
+    online = digits.config(tmp_path / "online", loss=BOTH, teacher={"mode": "online"}, views={"count": views})
+    train(online)
+    cached = fill_and_train(digits, tmp_path, views=views, dtype="fp32")
+    assert len(losses(cached)) == 3 * 8  # 500 images in batches of 64
+    assert losses(cached) == losses(tmp_path / "online")
+    assert (cached / "student.safetensors").read_bytes() == (tmp_path / "online/student.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("dtype", "within"), [("fp16", 1e-4), ("bf16", 3e-3), ("uint8", 3e-3)])
+def test_smaller_caches_stay_close(digits: Digits, tmp_path: Path, dtype: str, within: float) -> None:
+    train(digits.config(tmp_path / "online", loss=BOTH, teacher={"mode": "online"}))
+    cached = fill_and_train(digits, tmp_path, views=0, dtype=dtype)
+    for ours, exact in zip(losses(cached), losses(tmp_path / "online"), strict=True):
+        assert ours == pytest.approx(exact, rel=within)
+    assert losses(cached) != losses(tmp_path / "online"), "a rounded cache cannot give the same bits"
+
+
+def test_fill_mode_teaches_online_then_reads(digits: Digits, tmp_path: Path) -> None:
+    sections = {"loss": BOTH, "views": {"count": 2}, "train": {"epochs": 4}}
+    train(digits.config(tmp_path / "online", teacher={"mode": "online"}, **sections))
+    filling = digits.config(
+        tmp_path / "fill",
+        teacher={"mode": "fill"},
+        cache={"path": str(tmp_path / "cache"), "dtype": "fp32"},
+        **sections,
+    )
+    summary = train(filling)
+    assert summary["teacher_images"] == 2 * 500, "two epochs online, two from the cache"
+    assert losses(tmp_path / "fill") == losses(tmp_path / "online")
+    cached = digits.config(
+        tmp_path / "cached",
+        teacher={"mode": "cached"},
+        cache={"path": str(tmp_path / "cache"), "dtype": "fp32"},
+        **sections,
+    )
+    assert train(cached)["teacher_images"] == 0
+    assert losses(tmp_path / "cached") == losses(tmp_path / "online")
+
+
+@pytest.mark.parametrize("mode", ["online", "fill"])
+@pytest.mark.parametrize("stop", [3, 8, 13])
+def test_a_run_that_stopped_goes_on_bit_for_bit(digits: Digits, tmp_path: Path, mode: str, stop: int) -> None:
+    sections = {"loss": BOTH, "views": {"count": 2}, "teacher": {"mode": mode}}
+    whole, parts = {"path": str(tmp_path / "cache-a")}, {"path": str(tmp_path / "cache-b")}
+    train(digits.config(tmp_path / "whole", cache=whole, **sections))
+    stopped = digits.config(tmp_path / "parts", cache=parts, train={"max_steps": stop}, **sections)
+    assert not train(stopped)["finished"]
+    assert train(digits.config(tmp_path / "parts", cache=parts, train={"resume": "auto"}, **sections))["finished"]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for name in ("student.safetensors",):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    if mode == "fill":
+        for file in (tmp_path / "cache-a").glob("view-*"):
+            assert file.read_bytes() == (tmp_path / "cache-b" / file.name).read_bytes(), file.name
+
+
+def test_the_golden_curve(digits: Digits, tmp_path: Path) -> None:
+    sections = {"loss": BOTH, "teacher": {"mode": "online"}, "train": {"max_steps": 20}}
+    train(digits.config(tmp_path / "run", **sections))
+    assert losses(tmp_path / "run") == pytest.approx(GOLDEN, rel=2e-3)
+
+
+def test_results_of_a_run(digits: Digits, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    summary = train(digits.config(run, loss=BOTH, teacher={"mode": "online"}, run={"trackers": ["tensorboard"]}))
+    assert summary == json.loads((run / "summary.json").read_text())
+    assert summary["finished"] and summary["step"] == 24 and summary["teacher_images"] == 3 * 500
+    assert list((run / "trackers").glob("events.out.tfevents.*"))
+    for line in metric_lines(run, "train"):
+        named = {"epoch", "step", "loss", "ce", "kd", "dcd_contrast", "dcd_consist", "tau", "lr"}
+        assert named <= line.keys() and {"images_per_second", "data_wait"} <= line.keys()
+        assert 0 <= line["data_wait"] <= 1
+    assert [line["epoch"] for line in metric_lines(run, "eval")] == [0, 1, 2]
+    again = config.load(run / "config.yaml")
+    assert again == digits.config(run, loss=BOTH, teacher={"mode": "online"}, run={"trackers": ["tensorboard"]})
+
+
+@pytest.mark.parametrize("model", ["torchvision:resnet18", "timm:resnet10t", "timm:mobilenetv3_small_050"])
+def test_the_student_loads_into_its_own_library(digits: Digits, tmp_path: Path, model: str) -> None:
+    train(
+        digits.config(
+            tmp_path / "run",
+            student={"model": model, "image_size": 32},
+            teacher={"mode": "none"},
+            train={"epochs": 1},
+            data={"batch_size": 250},
+        )
+    )
+    library, name = model.split(":")
+    if library == "timm":
+        import timm
+
+        plain = timm.create_model(name, num_classes=10)
+    else:
+        import torchvision
+
+        plain = torchvision.models.get_model(name, num_classes=10)
+    plain.load_state_dict(load_file(tmp_path / "run" / "student.safetensors"), strict=True)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(digits: Digits, tmp_path: Path) -> None:
+    """With losses and a network that treat rows one by one, parts of a batch add up to it."""
+    net = tmp_path / "net.py"
+    net.write_text(
+        "from torch import nn\n"
+        "def net(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, num_classes))\n"
+    )
+    sections = {"student": {"model": f"{net}:net"}, "loss": {"kd": 1.0}, "teacher": {"mode": "online"}}
+    train(digits.config(tmp_path / "whole", **sections))
+    train(digits.config(tmp_path / "parts", train={"accumulate": 3}, **sections))
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_progressive_resizing_keeps_the_cache(digits: Digits, tmp_path: Path) -> None:
+    """The student's size changes with the epoch; the teacher's views, and so its cache, do not."""
+    sections = {
+        "student": {"image_size": {"0": 8, "2": 12}},
+        "teacher": {"mode": "fill", "image_size": 8},
+        "views": {"count": 1},
+        "loss": BOTH,
+        "cache": {"path": str(tmp_path / "cache")},
+    }
+    summary = train(digits.config(tmp_path / "run", **sections))
+    assert summary["teacher_images"] == 500
+
+
+def test_bf16_trains(digits: Digits, tmp_path: Path) -> None:
+    student = {"model": "cifar:resnet8"}
+    sections = {"loss": BOTH, "teacher": {"mode": "online", "precision": "bf16"}, "student": student}
+    train(digits.config(tmp_path / "full", **sections))
+    forget_accelerate()
+    train(digits.config(tmp_path / "half", train={"precision": "bf16"}, **sections))
+    full, half = losses(tmp_path / "full"), losses(tmp_path / "half")
+    assert half != full and half[0] == pytest.approx(full[0], rel=0.02)
+    ce = [line["ce"] for line in metric_lines(tmp_path / "half", "train")]
+    assert sum(ce[-8:]) < 0.95 * sum(ce[:8])
+
+
+def test_a_compiled_student_trains_and_is_saved_under_its_own_names(digits: Digits, tmp_path: Path) -> None:
+    sections = {"loss": BOTH, "teacher": {"mode": "online"}}
+    train(digits.config(tmp_path / "eager", train={"max_steps": 2}, **sections))
+    train(digits.config(tmp_path / "compiled", train={"max_steps": 2, "compile": True}, **sections))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+    (saved,) = (tmp_path / "compiled" / "checkpoints").iterdir()
+    names = torch.load(saved, weights_only=True)["module"].keys()
+    assert not any("_orig_mod" in name for name in names)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "triangular", "one_cycle"])
+def test_learning_rates(digits: Digits, tmp_path: Path, schedule: str) -> None:
+    section = {"name": schedule, "warmup": 1, "milestones": [2]}
+    train(digits.config(tmp_path / "run", teacher={"mode": "none"}, schedule=section))
+    rates = [line["lr"] for line in metric_lines(tmp_path / "run", "train")]
+    assert rates[0] < rates[4] < rates[8] == pytest.approx(0.1), "up over the first epoch"
+    expected = {"constant": 0.1, "step": 0.01, "cosine": 0.0, "triangular": 0.0, "one_cycle": 0.0}[schedule]
+    assert rates[-1] == pytest.approx(expected, abs=0.01)
+    if schedule == "step":
+        assert rates[15] == pytest.approx(0.1) and rates[16] == pytest.approx(0.01)
+
+
+def test_a_teacher_is_judged_before_training(
+    digits: Digits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(digits.config(tmp_path / "run", teacher={"mode": "online", "evaluate": True}, train={"max_steps": 1}))
+    printed = capsys.readouterr().out
+    top1 = metric_lines(digits.teacher.parent, "eval")[-1]["top1"]
+    assert f"teacher cifar:resnet8: top-1 {top1:.2f} %" in printed
+
+
+def test_every_weight_moves_and_only_those_meant_to_decay_do(digits: Digits, tmp_path: Path) -> None:
+    from fastdcd.distill import DistillModule, undecayed
+    from fastdcd.models import build, normalize_for
+
+    cfg = digits.config(tmp_path, loss=BOTH, teacher={"mode": "online"})
+    module = DistillModule(
+        build("cifar:resnet8", classes=10), normalize_for("cifar:resnet8"), cfg.loss, teacher_dim=64
+    )
+    default = undecayed(module, decay_norms_and_biases=False)
+    assert {"terms.dcd.log_tau", "terms.dcd.b", "terms.dcd.student_head.bias"} <= default
+    assert {"student.network.bn1.weight", "student.classifier.bias"} <= default
+    literature = undecayed(module, decay_norms_and_biases=True)
+    assert {"terms.dcd.log_tau", "terms.dcd.b", "terms.dcd.teacher_head.bias"} <= literature
+    assert not any(name.startswith("student.") for name in literature)
+    no_distillation = DistillModule(
+        build("cifar:resnet8", classes=10), normalize_for("cifar:resnet8"), config.Loss(), teacher_dim=64
+    )
+    assert not list(no_distillation.terms.parameters()), "a weight of zero costs nothing"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_trains(digits: Digits, tmp_path: Path, path: Path) -> None:
+    """Each shipped config runs two steps, on digits instead of its own data."""
+    if path.parent.name == "accelerate":
+        pytest.skip("an Accelerate config, not an experiment")
+    if path.name == "base.yaml" and "model" not in path.read_text():
+        pytest.skip("only a base for others")
+    overrides = [
+        f"data.train={digits.resident}/train",
+        f"data.val={digits.resident}/val",
+        "data.backend=resident",
+        "data.device=cpu",
+        "data.batch_size=32",
+        f"run.dir={tmp_path}/run",
+        f"cache.path={tmp_path}/cache",
+        "train.max_steps=2",
+        "train.precision=fp32",
+        "teacher.evaluate=false",
+        "student.image_size=32",
+        "teacher.image_size=32",
+    ]
+    teacher = config.load(path).teacher
+    if teacher.model:
+        from fastdcd import models, weights
+
+        weights.save(
+            tmp_path / "teacher.safetensors", models.build(teacher.model, classes=10).original_state_dict()
+        )
+        mode = "online" if teacher.mode == "cached" else teacher.mode
+        overrides += [f"teacher.checkpoint={tmp_path}/teacher.safetensors", f"teacher.mode={mode}"]
+    assert train(config.load(path, overrides))["step"] == 2
+
+
+def test_deterministic_seeds(digits: Digits, tmp_path: Path) -> None:
+    for run, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(digits.config(tmp_path / run, teacher={"mode": "none"}, run={"seed": seed}, train={"epochs": 1}))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+    assert torch.get_num_threads() >= 1
