@@ -1,0 +1,167 @@
+"""The teacher cache as files: formats, damage, repair, and two who want to write."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BOTH, Digits, run_program
+from torch import nn
+
+from fastdcd.cache import BLOCK_ROWS, CODECS, CacheMismatch, Manifest, TeacherCache
+
+CACHE = "tools/cache_teacher.py"
+
+
+@pytest.fixture
+def filled(digits: Digits, tmp_path: Path) -> tuple[Path, Path]:
+    """A config and its filled cache of two views."""
+    sections = {"loss": BOTH, "teacher": {"mode": "cached"}, "views": {"count": 2}}
+    file = digits.file(tmp_path / "x.yaml", cache={"path": str(tmp_path / "cache")}, **sections)
+    ran = run_program(CACHE, "fill", "--config", file)
+    assert ran.code == 0, ran.err
+    return file, tmp_path / "cache"
+
+
+def rows(path: Path) -> np.ndarray:
+    return np.load(path, allow_pickle=False)
+
+
+@pytest.mark.parametrize("dtype", CODECS)
+def test_codecs(dtype: str) -> None:
+    """What comes back is as near as the format allows, whatever the signs and scales of the rows."""
+    torch.manual_seed(0)
+    features = torch.randn(300, 65) * torch.logspace(-3, 3, 300)[:, None]
+    features[7] = 0.0
+    features[8] = 3.25  # constant
+    codec = CODECS[dtype]
+    stored = codec.encode(features)
+    assert stored.dtype == torch.uint8 and stored.shape == (300, codec.row_bytes(65))
+    back = codec.decode(stored)
+    spread = features.amax(1) - features.amin(1)
+    largest = features.abs().amax(1)
+    budget = {
+        "fp32": torch.zeros(300),
+        "fp16": largest * 2**-11 + 2**-25,
+        "bf16": largest * 2**-8,
+        "uint8": spread / 255 * 0.5 + largest * 1e-6,
+    }[dtype]
+    assert ((back - features).abs().amax(1) <= budget * 1.001).all()
+
+
+def test_a_cache_is_small_beyond_its_features() -> None:
+    manifest = Manifest(rows=1_281_167, dim=512, views=1, dtype="fp16", fingerprint={})
+    assert manifest.view_bytes < 1.01 * 1_281_167 * 512 * 2
+
+
+def test_logits_come_from_the_teachers_own_layer(digits: Digits, filled: tuple[Path, Path]) -> None:
+    from fastdcd import models, weights
+
+    network = models.build("cifar:resnet8", classes=10)
+    weights.load_into(network, digits.teacher)
+    features = torch.randn(5, 64)
+    layer = TeacherCache.open(filled[1]).classifier()
+    assert torch.equal(layer(features), network.classifier(features))
+
+
+def test_verify_and_repair(filled: tuple[Path, Path]) -> None:
+    file, cache = filled
+    assert run_program(CACHE, "verify", "--config", file).code == 0
+    whole = (cache / "view-001.npy").read_bytes()
+    spoilt = bytearray(whole)
+    spoilt[-50_000] ^= 4  # one bit
+    (cache / "view-001.npy").write_bytes(spoilt)
+    ran = run_program(CACHE, "verify", "--config", file)
+    assert ran.code == 1 and "view 1: 1 blocks" in ran.out and "--repair" in ran.out
+    ran = run_program(CACHE, "fill", "--repair", "--config", file)
+    assert ran.code == 0 and "written again" in ran.out
+    assert (cache / "view-001.npy").read_bytes() == whole
+    assert run_program(CACHE, "verify", "--config", file).code == 0
+
+
+@pytest.mark.parametrize("length", [0, 100, -1000])
+def test_a_view_cut_short_is_never_read(filled: tuple[Path, Path], length: int) -> None:
+    file, cache = filled
+    view = cache / "view-000.npy"
+    view.write_bytes(view.read_bytes()[:length])
+    ran = run_program("fastdcd/train.py", "--config", file)
+    assert ran.code == 2 and "view-000.npy" in ran.err and "Traceback" not in ran.err
+
+
+def test_the_live_teacher_is_asked(filled: tuple[Path, Path]) -> None:
+    """Rows that no checksum guards any more (someone wrote them anew) do not get past the live check."""
+    file, cache = filled
+    array = np.load(cache / "view-001.npy", mmap_mode="r+")
+    array[:] = np.roll(np.array(array), 1, axis=0)
+    array.flush()
+    ran = run_program("fastdcd/train.py", "--config", file)
+    assert ran.code == 2 and "least cosine" in ran.err
+
+
+def test_two_fills_at_once_are_refused(filled: tuple[Path, Path]) -> None:
+    file, cache = filled
+    lock = TeacherCache.open(cache).lock_for_filling()
+    ran = run_program(CACHE, "fill", "--config", file)
+    assert ran.code == 2 and "another process is filling" in ran.err
+    lock.close()
+    assert run_program(CACHE, "fill", "--config", file).code == 0
+
+
+def test_an_incomplete_view_is_not_read(filled: tuple[Path, Path]) -> None:
+    file, cache = filled
+    (cache / "view-001.crc32.npy").unlink()
+    ran = run_program("fastdcd/train.py", "--config", file)
+    assert ran.code == 2 and "1 of 2 views are not complete" in ran.err
+
+
+def test_rows_count_as_done_only_after_a_flush(tmp_path: Path) -> None:
+    manifest = Manifest(rows=2 * BLOCK_ROWS + 5, dim=8, views=1, dtype="fp32", fingerprint={})
+    cache = TeacherCache.create(tmp_path / "c", manifest, nn.Linear(8, 3))
+    cache.start(0)
+    ids = torch.arange(0, manifest.rows, 2)
+    features = torch.randn(len(ids), 8)
+    cache.write(0, ids, features)
+    assert not cache.done(0).any()
+    cache.flush()
+    assert (cache.done(0) == (np.arange(manifest.rows) % 2 == 0)).all()
+    cache.write(0, ids + 1 - 2 * (ids + 1 == manifest.rows), torch.randn(len(ids), 8))
+    cache.flush()
+    cache.finish(0)
+    assert cache.complete(0) and cache.verify(0) == []
+    wanted = torch.tensor([4, 0, 2 * BLOCK_ROWS])
+    read = manifest.codec.decode(TeacherCache.open(tmp_path / "c").read(0, wanted))
+    assert torch.equal(read[:2], features[[2, 0]]), "rows in the order asked for"
+
+
+def test_a_cache_that_cannot_fit_is_not_begun(tmp_path: Path) -> None:
+    manifest = Manifest(rows=10**12, dim=2048, views=50, dtype="fp32", fingerprint={})
+    with pytest.raises(ValueError, match=r"takes .* GB and .* GB are free"):
+        TeacherCache.create(tmp_path / "c", manifest, nn.Linear(2048, 3))
+    assert not (tmp_path / "c" / "manifest.json").exists()
+
+
+def test_a_cache_of_something_else_names_both_values(filled: tuple[Path, Path]) -> None:
+    cache = TeacherCache.open(filled[1])
+    fingerprint = {**cache.manifest.fingerprint, "views.seed": "5"}
+    other = Manifest(rows=500, dim=64, views=2, dtype="fp16", fingerprint=fingerprint)
+    with pytest.raises(CacheMismatch, match=r"views\.seed = 0, this run has 5"):
+        cache.check(other)
+
+
+def test_a_later_format_is_not_guessed_at(filled: tuple[Path, Path]) -> None:
+    manifest = filled[1] / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": "fastdcd-cache-9"}))
+    ran = run_program("fastdcd/train.py", "--config", filled[0])
+    assert ran.code == 2 and "format" in ran.err
+
+
+def test_estimate_writes_nothing(digits: Digits, tmp_path: Path) -> None:
+    sections = {"loss": BOTH, "teacher": {"mode": "cached"}, "cache": {"path": str(tmp_path / "cache")}}
+    ran = run_program(CACHE, "estimate", "--config", digits.file(tmp_path / "x.yaml", **sections))
+    assert ran.code == 0, ran.err
+    for line in ("rows x views", "500 x 3", "time to fill", "teacher's share", "breaks even", "advice"):
+        assert line in ran.out
+    assert not (tmp_path / "cache").exists()
+    shutil.rmtree(tmp_path)
