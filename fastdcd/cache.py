@@ -315,7 +315,7 @@ class TeacherCache:
         path = self._path(view, "")
         try:
             array = np.load(path, mmap_mode=mode, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path}: damaged or cut short ({error}); run tools/cache_teacher.py fill") from None
         expected = (self.manifest.rows, self.manifest.row_bytes)
         if array.shape != expected or array.dtype != np.uint8:

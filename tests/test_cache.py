@@ -159,7 +159,8 @@ def test_a_later_format_is_not_guessed_at(filled: tuple[Path, Path]) -> None:
 
 def test_estimate_writes_nothing(digits: Digits, tmp_path: Path) -> None:
     sections = {"loss": BOTH, "teacher": {"mode": "cached"}, "cache": {"path": str(tmp_path / "cache")}}
-    ran = run_program(CACHE, "estimate", "--config", digits.file(tmp_path / "x.yaml", **sections))
+    file = digits.file(tmp_path / "x.yaml", **sections)
+    ran = run_program(CACHE, "estimate", "--seconds", 0.2, "--config", file)
     assert ran.code == 0, ran.err
     for line in ("rows x views", "500 x 3", "time to fill", "teacher's share", "breaks even", "advice"):
         assert line in ran.out

@@ -26,6 +26,10 @@ def main() -> int:
     ):
         command = commands.add_parser(name, help=text, description=text)
         config.add_arguments(command)
+        if name == "estimate":
+            command.add_argument(
+                "--seconds", type=float, default=5.0, metavar="S", help="measure each step for S seconds (default 5)"
+            )
         if name == "fill":
             command.add_argument(
                 "--repair", action="store_true", help="first find damaged rows and write them again"
@@ -37,7 +41,7 @@ def main() -> int:
 
 def estimate(cfg: config.Config, arguments: argparse.Namespace) -> int:
     with (parts := filling.open_parts(cfg)).loader:
-        print(_table(filling.estimate(parts)))
+        print(_table(filling.estimate(parts, seconds=arguments.seconds)))
     return 0
 
 
