@@ -1,4 +1,8 @@
-"""Networks for small images, in the forms of the distillation literature."""
+"""Networks for small images, in the forms of the distillation literature.
+
+Layers stand in the order of the code published with CRD (Tian et al. 2020), which that literature trains
+with: its checkpoints load by order (teacher.checkpoint_by_order).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,15 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fastdcd.cifar import resnet, wide_resnet
+from fastdcd.cifar import mobilenet, resnet, shufflenet, vgg, wide_resnet
 
-BUILDERS: dict[str, Callable[[int], nn.Module]] = {**resnet.BUILDERS, **wide_resnet.BUILDERS}
+BUILDERS: dict[str, Callable[[int], nn.Module]] = {
+    **resnet.BUILDERS,
+    **wide_resnet.BUILDERS,
+    **vgg.BUILDERS,
+    **mobilenet.BUILDERS,
+    **shufflenet.BUILDERS,
+}
 
 
 def build(name: str, classes: int) -> nn.Module:

@@ -1,68 +1,112 @@
-"""CIFAR ResNets (He et al. 2015, section 4.2) and their 4x wide forms from the distillation literature.
+"""CIFAR ResNets (He et al. 2015, section 4.2), their 4x wide forms, and ResNet-50, as in the distillation literature.
 
-resnetD has depth D = 6n + 2 and widths 16, 32, 64; resnetDx4 has 32, 64, 128, 256 (a stem of 32).
+resnetD has depth D = 6n + 2 and widths 16, 32, 64; resnetDx4 has 64, 128, 256 (a stem of 32). resnet50 is
+ImageNet's network of bottlenecks with a 3x3 stem of stride 1 and no max-pooling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastdcd.cifar.layers import convolution, initialize, pool
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, projected where the shape changes."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    expansion: ClassVar[int] = 1
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = _shortcut(inputs, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
+class Bottleneck(nn.Module):
+    """A 3x3 convolution between two of 1x1, and a shortcut, projected where the shape changes."""
+
+    expansion: ClassVar[int] = 4
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = self.expansion * width
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.shortcut = _shortcut(inputs, outputs, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    return convolution(inputs, outputs, 1, stride, relu=False)
+
+
 class ResNet(nn.Module):
     """Images [n, 3, H, W] to logits [n, classes]; made for 32x32, works from 8x8 up."""
 
-    def __init__(self, depth: int, widths: tuple[int, int, int, int], classes: int) -> None:
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        stem: int,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        classes: int,
+    ) -> None:
+        """Stage i has blocks[i] blocks of widths[i]; every stage but the first halves the image."""
         super().__init__()
-        blocks = (depth - 2) // 6
-        stem, *stages = widths
         self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
-        layers: list[nn.Module] = []
-        for stage, width in enumerate(stages):
-            inputs = widths[stage]
-            first = BasicBlock(inputs, width, 1 if stage == 0 else 2)
-            layers.append(nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1))))
-        self.layer1, self.layer2, self.layer3 = layers
-        self.fc = nn.Linear(widths[-1], classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        inputs, stages = stem, []
+        for width, count in zip(widths, blocks, strict=True):
+            layers = []
+            for number in range(count):
+                layers.append(block(inputs, width, 2 if stages and number == 0 else 1))
+                inputs = width * block.expansion
+            stages.append(nn.Sequential(*layers))
+            self.add_module(f"layer{len(stages)}", stages[-1])
+        self.stages = len(stages)
+        self.fc = nn.Linear(inputs, classes)
+        initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(images)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(x.mean((2, 3)))
+        for number in range(1, self.stages + 1):
+            x = self.get_submodule(f"layer{number}")(x)
+        return self.fc(pool(x))
 
 
-def _build(depth: int, widths: tuple[int, int, int, int], classes: int) -> nn.Module:
-    return ResNet(depth, widths, classes)
+def _basic(depth: int, stem: int, widths: Sequence[int], classes: int) -> nn.Module:
+    return ResNet(BasicBlock, stem, widths, [(depth - 2) // 6] * 3, classes)
 
 
+def _resnet50(classes: int) -> nn.Module:
+    return ResNet(Bottleneck, 64, (64, 128, 256, 512), (3, 4, 6, 3), classes)
+
+
+_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 BUILDERS: dict[str, Callable[[int], nn.Module]] = {
-    **{f"resnet{depth}": partial(_build, depth, (16, 16, 32, 64)) for depth in (8, 14, 20, 32, 44, 56, 110)},
-    **{f"resnet{depth}x4": partial(_build, depth, (32, 64, 128, 256)) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}": partial(_basic, depth, 16, (16, 32, 64)) for depth in _DEPTHS},
+    **{f"resnet{depth}x4": partial(_basic, depth, 32, (64, 128, 256)) for depth in _DEPTHS},
+    "resnet50": _resnet50,
 }

@@ -8,6 +8,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdcd.cifar.layers import initialize, pool
+
 
 class PreActivationBlock(nn.Module):
     """BatchNorm and ReLU before each of two 3x3 convolutions."""
@@ -44,13 +46,11 @@ class WideResNet(nn.Module):
         self.layer1, self.layer2, self.layer3 = layers
         self.bn1 = nn.BatchNorm2d(widths[-1])
         self.fc = nn.Linear(widths[-1], classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.conv1(images))))
-        return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
+        return self.fc(pool(F.relu(self.bn1(x))))
 
 
 def _build(depth: int, width: int, classes: int) -> nn.Module:
