@@ -58,6 +58,8 @@ def save(
         torch.save(state, file)
     for old in _checkpoints(folder)[: -config.train.keep_checkpoints]:
         old.unlink()
+    for unfinished in folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
+        unfinished.unlink(missing_ok=True)
 
 
 def random_state() -> dict[str, torch.Tensor]:

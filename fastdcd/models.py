@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdcd import weights
+
 Triple = tuple[float, float, float]
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
@@ -36,17 +38,18 @@ class FeatureModel(nn.Module):
     Attributes:
         network: the network without its classifier; images [n, 3, H, W] -> features [n, feature_dim].
         classifier: the final layer.
+        classifier_name: its name in the whole network.
         feature_dim, classes: its inputs and outputs.
     """
 
     def __init__(self, network: nn.Module, classes: int) -> None:
         """Raises ValueError if no final linear layer of `classes` outputs is found."""
         super().__init__()
-        self._name = _classifier_name(network, classes)
+        self.classifier_name = _classifier_name(network, classes)
         self._order = list(network.state_dict())
-        classifier = network.get_submodule(self._name)
+        classifier = network.get_submodule(self.classifier_name)
         assert isinstance(classifier, nn.Linear)
-        network.set_submodule(self._name, nn.Identity())
+        network.set_submodule(self.classifier_name, nn.Identity())
         self.network, self.classifier = network, classifier
         self.feature_dim, self.classes = classifier.in_features, classes
 
@@ -68,12 +71,14 @@ class FeatureModel(nn.Module):
     def original_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of the network as its library knows it."""
         tensors = self.network.state_dict()
-        tensors.update({f"{self._name}.{name}": value for name, value in self.classifier.state_dict().items()})
+        tensors.update(
+            {f"{self.classifier_name}.{name}": value for name, value in self.classifier.state_dict().items()}
+        )
         return {name: tensors[name] for name in self._order}
 
     def load_original_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `original_state_dict`."""
-        prefix = f"{self._name}."
+        prefix = f"{self.classifier_name}."
         self.classifier.load_state_dict(
             {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         )
@@ -81,19 +86,22 @@ class FeatureModel(nn.Module):
 
 
 def _classifier_name(network: nn.Module, classes: int) -> str:
-    modules = dict(network.named_modules())
+    layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.Linear)}
     if hasattr(network, "get_classifier"):  # timm's convention
         classifier = network.get_classifier()  # type: ignore[operator]
-        for name, module in modules.items():
-            if module is classifier and isinstance(module, nn.Linear):
-                return name
-    layers = [name for name, m in modules.items() if isinstance(m, nn.Linear) and m.out_features == classes]
-    if not layers:
+        if isinstance(classifier, tuple):
+            raise ValueError(
+                f"{type(network).__name__}: ends in {len(classifier)} classifiers, expected one; take its form "
+                "without distillation token, or wrap it (path/to/file.py:callable)"
+            )
+        layers = {name: m for name, m in layers.items() if m is classifier} or layers
+    final = [name for name, m in layers.items() if m.out_features == classes]
+    if not final:
         raise ValueError(
             f"{type(network).__name__}: no final nn.Linear with {classes} outputs in it; only classifiers that end in "
             "one can teach or be taught"
         )
-    return layers[-1]
+    return final[-1]
 
 
 class Normalize(nn.Module):
@@ -125,8 +133,12 @@ def _torchvision(name: str, classes: int) -> nn.Module:
 def _timm(name: str, classes: int) -> nn.Module:
     import timm
 
-    if not timm.is_model(name.split(".")[0]):
+    architecture, dot, _ = name.partition(".")
+    if not timm.is_model(architecture):
         raise _unknown("timm", name, timm.list_models())
+    tagged = timm.list_pretrained(f"{architecture}.*")
+    if dot and name not in tagged:
+        raise _unknown("timm", name, tagged)
     return timm.create_model(name, pretrained=False, num_classes=classes)
 
 
@@ -159,13 +171,13 @@ def build(name: str, *, classes: int) -> FeatureModel:
         return FeatureModel(LIBRARIES[library](inner, classes), classes)
     path, colon, function = name.rpartition(":")
     if colon and path.endswith(".py"):
-        return FeatureModel(_from_file(Path(path), function)(num_classes=classes), classes)
+        return FeatureModel(_from_file(Path(path), function, classes), classes)
     raise ValueError(
         f"model: got {name!r}, expected {', '.join(f'{each}:NAME' for each in LIBRARIES)} or path/to/file.py:callable"
     )
 
 
-def _from_file(path: Path, function: str) -> Callable[..., nn.Module]:
+def _from_file(path: Path, function: str, classes: int) -> nn.Module:
     if not path.is_file():
         raise ValueError(f"model: no such file: {path}")
     spec = importlib.util.spec_from_file_location(f"fastdcd_user_{path.stem}", path)
@@ -176,15 +188,38 @@ def _from_file(path: Path, function: str) -> Callable[..., nn.Module]:
     except Exception as error:
         raise ValueError(f"model: {path} fails on import: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, function, None)):
-        raise ValueError(f"model: {path} has no function {function!r}")
-    found: Callable[..., nn.Module] = getattr(module, function)
-    return found
+        functions = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
+        raise ValueError(f"model: {path} has no function {function!r}{_near(function, functions)}")
+    try:
+        network = getattr(module, function)(num_classes=classes)
+    except Exception as error:
+        raise ValueError(
+            f"model: {path}:{function}(num_classes={classes}) fails: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"model: {path}:{function} gives {type(network).__name__}, expected a torch.nn.Module")
+    return network
 
 
 def _unknown(library: str, name: str, known: list[str]) -> ValueError:
+    return ValueError(f"model: {library} has no {name!r}{_near(name, known, prefix=f'{library}:')}")
+
+
+def _near(name: str, known: list[str], *, prefix: str = "") -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(f'{library}:{each}' for each in near)}?" if near else ""
-    return ValueError(f"model: {library} has no {name!r}{hint}")
+    return f"; did you mean {' or '.join(prefix + each for each in near)}?" if near else ""
+
+
+def trained_classes(name: str, path: Path) -> int:
+    """How many classes the weights at `path` of network `name` were trained on.
+
+    Raises ValueError as `build` and `weights.load` do, or if the file lacks the network's final layer.
+    """
+    final = build(name, classes=2).classifier_name + ".weight"  # its name depends on no number of classes
+    tensors = weights.load(path)
+    if final not in tensors:
+        raise ValueError(f"{path}: not a checkpoint of {name}: no {final} in it{_near(final, list(tensors))}")
+    return len(tensors[final])
 
 
 def preprocessing(name: str) -> tuple[Triple, Triple]:

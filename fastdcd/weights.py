@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import pickle
 from collections.abc import Mapping
@@ -87,9 +88,16 @@ def match(
             f"use a {what} trained on these classes ({name})"
         )
     hint = "; its tensors fit in order: set teacher.checkpoint_by_order=true" if same_order else ""
+    if missing:
+        near = difflib.get_close_matches(missing[0], unexpected, n=1)
+        found = f"; nearest in it: {near[0]}" if near else ""
+        hint = f", first {missing[0]}{found}{hint}"
+    elif reshaped:
+        name = reshaped[0]
+        hint = f", first {name}: got {[*loaded[name].shape]}, expected {[*wanted[name].shape]}{hint}"
     raise ValueError(
-        f"{path}: not a checkpoint of this {what}: {len(missing)} tensors missing {missing[:2]}, {len(unexpected)} "
-        f"unexpected {unexpected[:2]}, {len(reshaped)} of another shape {reshaped[:2]}{hint}"
+        f"{path}: not a checkpoint of this {what}: {len(missing)} tensors missing, {len(unexpected)} unexpected, "
+        f"{len(reshaped)} of another shape{hint}"
     )
 
 

@@ -77,9 +77,9 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
-        inputs, stages = stem, []
+        inputs, stages = stem, list[nn.Module]()
         for width, count in zip(widths, blocks, strict=True):
-            layers = []
+            layers: list[nn.Module] = []
             for number in range(count):
                 layers.append(block(inputs, width, 2 if stages and number == 0 else 1))
                 inputs = width * block.expansion
