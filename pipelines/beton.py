@@ -10,7 +10,6 @@ never crosses a page), at the end the allocation table.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from pipelines.encode import Source, Storage, read_pixels, shrink
 from pipelines.index import DatasetIndex
+from pipelines.ledger import Journal, Reject, chain, write_manifest, write_rejects
 from pipelines.views import hash_key, uniform
 
 PAGE_SIZE = 1 << 23  # 8 MiB, the default of FFCV's DatasetWriter; a sample must fit into a page
@@ -77,6 +77,13 @@ class BetonRecord:
     payload: NDArray[np.uint8]
 
 
+def beton_settings(
+    capacity: int, storage: Storage, *, page_size: int = PAGE_SIZE, source: str = ""
+) -> dict[str, Any]:
+    """What decides the bytes of a .beton, for its journal and manifest."""
+    return {"source": source, "capacity": capacity, "page_size": page_size, **asdict(storage)}
+
+
 def encode_record(source: Source, position: int, storage: Storage) -> BetonRecord:
     """Encode a sample with FFCV's field encoder; `position`, its place in the source, decides JPEG or raw.
 
@@ -116,13 +123,21 @@ class BetonWriter:
         writer.finish(classes)
     """
 
-    def __init__(self, path: Path, *, capacity: int, storage: Storage, page_size: int = PAGE_SIZE) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        capacity: int,
+        storage: Storage,
+        page_size: int = PAGE_SIZE,
+        source: str = "",
+    ) -> None:
         """Start or resume.
 
         Args:
             path: the final .beton.
             capacity: the largest possible number of samples: that many metadata records are set aside.
-            storage: recorded, so that a run with other settings does not resume this one.
+            storage, source: settings and the source's digest, so that a run with others does not resume this one.
 
         Raises:
             ValueError: an unfinished file with other settings lies there.
@@ -133,9 +148,13 @@ class BetonWriter:
         self._metadata_type = self._types.get_metadata_type(self._fields())
         start = self._metadata_start + capacity * self._metadata_type.itemsize
         self._partial = path.with_name(f".{path.name}.partial")
-        self._journal = path.with_name(f".{path.name}.journal")
-        header = {"capacity": capacity, "page_size": page_size, **asdict(storage)}
-        self.sources, self._end = self._resume(header, start + -start % page_size)
+        self._settings = beton_settings(capacity, storage, page_size=page_size, source=source)
+        journal = path.with_name(f".{path.name}.journal")
+        self._journal = Journal(journal, self._settings, fresh=not self._partial.exists())
+        last = self._journal.parts[-1:] or [{"sources": 0, "end": start + -start % page_size, "digest": ""}]
+        self.sources, self._end, self._digest = (last[0][key] for key in ("sources", "end", "digest"))
+        self._journal.parts.clear()
+        self._partial.touch()
         self._file = self._partial.open("r+b")
         self._file.truncate(self._end)
         self._file.seek(self._end)
@@ -144,38 +163,13 @@ class BetonWriter:
         fields = import_ffcv().fields
         return [fields.RGBImageField(), fields.IntField()]
 
-    def _resume(self, header: dict[str, Any], start: int) -> tuple[int, int]:
-        """Sources done and the end of the data that an earlier run has left, or a fresh start."""
-        if self._partial.exists() and self._journal.exists():
-            lines = self._read_journal()
-            if lines and lines[0] != header:
-                raise ValueError(
-                    f"{self._partial}: an unfinished file made with other settings ({lines[0]}, now {header}); "
-                    "use the same, or delete it and its .journal"
-                )
-            if lines:
-                # a last line that the crash cut off is dropped, and so are the bytes after the last whole one
-                self._journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
-                return (lines[-1]["sources"], lines[-1]["end"]) if len(lines) > 1 else (0, start)
-        self._partial.write_bytes(b"")
-        self._journal.write_text(json.dumps(header) + "\n")
-        return 0, start
-
-    def _read_journal(self) -> list[dict[str, Any]]:
-        lines = []
-        for line in self._journal.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-        return lines
-
-    def append(self, records: Sequence[BetonRecord], sources: int) -> None:
+    def append(self, records: Sequence[BetonRecord], sources: int, rejects: Sequence[Reject] = ()) -> None:
         """Write a part and put it safely on disk.
 
         Args:
             records: the good samples among the sources of this part, in order.
             sources: how many sources are done with this part, bad ones included: `self.sources` after a resume.
+            rejects: the bad ones.
 
         Raises:
             ValueError: a sample does not fit into a page.
@@ -198,48 +192,57 @@ class BetonWriter:
             self._end += size
         self._file.flush()
         os.fsync(self._file.fileno())
-        with self._journal.open("a") as journal:
-            journal.write(json.dumps({"sources": sources, "end": self._end, "rows": rows}) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+        self._digest = chain(self._digest, (record.payload.data for record in records))
+        bad = [[reject.position, reject.name, reject.reason] for reject in rejects]
+        part = {"sources": sources, "end": self._end, "digest": self._digest, "rows": rows, "rejects": bad}
+        self._journal.append(part)
         self.sources = sources
 
     def finish(self, classes: Sequence[str]) -> DatasetIndex:
-        """Write metadata, table and header, then the index, and give the file its final name.
+        """Write metadata, table and header, then index, rejects and manifest, and give the file its final name.
 
         Raises ValueError if there is not one sample.
         """
-        rows = [row for line in self._read_journal()[1:] for row in line["rows"]]
-        if not rows:
+        # part by part into arrays: rows of Python numbers would take ten times the memory
+        parts = [np.array([row[:6] for row in part["rows"]], np.int64) for part in self._journal.read()]
+        names = [row[6] for part in self._journal.read() for row in part["rows"]]
+        if not names:
             raise ValueError(f"{self._path}: no samples to write")
-        assert len(rows) <= self._capacity
-        labels, modes, heights, widths, pointers, sizes = np.array([row[:6] for row in rows], np.int64).T
+        assert len(names) <= self._capacity
+        labels, modes, heights, widths, pointers, sizes = np.concatenate([part for part in parts if len(part)]).T
         self._file.write(bytes(-self._end % self._page_size))
-        table = np.zeros(len(rows), self._types.ALLOC_TABLE_TYPE)
-        table["sample_id"], table["ptr"], table["size"] = np.arange(len(rows)), pointers, sizes
+        table = np.zeros(len(names), self._types.ALLOC_TABLE_TYPE)
+        table["sample_id"], table["ptr"], table["size"] = np.arange(len(names)), pointers, sizes
         table_start = self._file.tell()
         self._file.write(table.tobytes())
 
-        metadata = np.zeros(len(rows), self._metadata_type)
+        metadata = np.zeros(len(names), self._metadata_type)
         image = metadata["f0"]
         image["mode"], image["height"], image["width"], image["data_ptr"] = modes, heights, widths, pointers
         metadata["f1"] = labels
         self._file.seek(0)
-        self._file.write(self._header(len(rows), table_start) + self._descriptors() + metadata.tobytes())
+        self._file.write(self._header(len(names), table_start) + self._descriptors() + metadata.tobytes())
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         index = DatasetIndex(
             classes=tuple(classes),
-            labels=labels,
+            labels=labels.copy(),
             sizes=np.stack([heights, widths], 1).astype(np.int32),
-            names=[row[6] for row in rows],
-            offsets=pointers,
-            lengths=sizes,
+            names=names,
+            offsets=pointers.copy(),
+            lengths=sizes.copy(),
         )
-        index.save(index_folder(self._path))
+        folder = index_folder(self._path)
+        index.save(folder)
+        rejected = write_rejects(
+            folder, (Reject.of(row) for part in self._journal.read() for row in part["rejects"])
+        )
+        write_manifest(
+            folder, index, self._settings, rejected=rejected, raw=int((modes == RAW).sum()), data=self._digest
+        )
         self._partial.replace(self._path)
-        self._journal.unlink()
+        self._journal.remove()
         return index
 
     def _header(self, count: int, table_start: int) -> bytes:

@@ -1,136 +1,138 @@
-"""Writing a resident dataset: images.npy, uint8 [N, H, W, 3], and its index, from an ImageFolder tree."""
+"""Writing a resident dataset: images.npy, uint8 [N, H, W, 3], and its index.
+
+Images are appended in order, with a journal, so that a conversion that is killed goes on where it was.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from tqdm import tqdm
+import torch
 
-from pipelines.base import DecodeError
-from pipelines.files import replace_file, write_json
-from pipelines.index import DatasetIndex, index_image_folder
+from pipelines.encode import Pixels, Source, read_pixels
+from pipelines.index import DatasetIndex
+from pipelines.ledger import Journal, Reject, chain, write_manifest, write_rejects
 from pipelines.resident_loader import IMAGES
-from pipelines.torch_loader import decode, render
+from pipelines.torch_loader import render
 from pipelines.views import Center
 
-# Rows between two marks of progress: what a conversion that is killed has to do again.
-BLOCK = 1024
+_HEADER = 128  # bytes that NumPy's header takes for any array of images
 
 
-def write_resident(
-    source: Path,
-    out: Path,
-    *,
-    classes: Sequence[str] | None = None,
-    size: int | None = None,
-    limit: int | None = None,
-    workers: int = 2,
-) -> DatasetIndex:
-    """Decode an ImageFolder tree into `out`. Killed at any moment, it goes on where it was when started again.
+@dataclass(frozen=True, kw_only=True)
+class ResidentRecord:
+    """One image: name and label as in Source, pixels uint8 [H, W, 3]."""
 
-    Args:
-        source: root/class/**/image.
-        out: folder to make; an earlier, complete conversion of the same source is left as it is.
-        classes: class names in label order; sorted folder names if None.
-        size: resize the shorter side to this and crop the centre, pixels; None keeps images as they are.
-        limit: keep this many samples, spread evenly over the sorted paths, so that classes stay balanced.
-        workers: decoding threads.
+    name: str
+    label: int
+    pixels: Pixels
 
-    Raises ValueError: not an ImageFolder, images of several sizes without `size`, an image that cannot be
-    decoded, or an `out` that holds something else.
+
+def encode_record(source: Source, position: int, size: int | None) -> ResidentRecord:
+    """Decode an image; with `size`, resize its shorter side to that and crop the centre.
+
+    Raises ValueError with the reason if it cannot be decoded.
     """
-    stored = index_image_folder(source, classes=classes)
-    if limit is not None and limit < len(stored):
-        stored = _subset(stored, limit)
-    index = replace(stored, sizes=np.full_like(stored.sizes, size)) if size else stored
-    shape = _common_shape(index, source)
-    if (out / "index.json").is_file():
-        if DatasetIndex.load(out).digest == index.digest:
-            return index  # finished earlier
-        raise ValueError(f"{out}: another dataset is there; remove it or choose another folder")
-
-    out.mkdir(parents=True, exist_ok=True)
-    partial, progress = out / f"{IMAGES}.partial", out / f"progress-{index.digest}.npy"
-    done = _resume(partial, progress, index, shape)
-    images = np.lib.format.open_memmap(partial, mode="r+")
-    todo = [row for row in range(len(index)) if not done[row]]
-    bar = tqdm(
-        desc=f"convert {source.name}", total=len(index), initial=len(index) - len(todo), unit="img", disable=None
-    )
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        for start in range(0, len(todo), BLOCK):
-            rows = todo[start : start + BLOCK]
-            for row, pixels in zip(
-                rows, pool.map(lambda row: _pixels(source, stored, row, size), rows), strict=True
-            ):
-                images[row] = pixels
-                bar.update()
-            images.flush()  # pixels reach the disk before the mark that says so
-            done[rows] = True
-            _save(progress, done)
-    bar.close()
-    del images
-    partial.replace(out / IMAGES)
-    progress.unlink()
-    counts = np.bincount(index.labels, minlength=len(index.classes))
-    manifest = {
-        "images": len(index),
-        "height": shape[0],
-        "width": shape[1],
-        "index": index.digest,
-        "images_a_class": dict(zip(index.classes, counts.tolist(), strict=True)),
-    }
-    write_json(out / "manifest.json", manifest)
-    index.save(out)
-    return index
-
-
-def _subset(index: DatasetIndex, limit: int) -> DatasetIndex:
-    rows = np.arange(limit) * len(index) // limit
-    names = [index.names[row] for row in rows.tolist()]
-    return replace(index, labels=index.labels[rows], sizes=index.sizes[rows], names=names)
-
-
-def _common_shape(index: DatasetIndex, source: Path) -> tuple[int, int]:
-    shapes = np.unique(index.sizes, axis=0)
-    if len(shapes) > 1:
-        raise ValueError(
-            f"{source}: images of {len(shapes)} sizes, from {shapes[0][0]}x{shapes[0][1]} to "
-            f"{shapes[-1][0]}x{shapes[-1][1]}; a resident dataset has one: give --size N"
-        )
-    return int(shapes[0][0]), int(shapes[0][1])
-
-
-def _resume(partial: Path, progress: Path, index: DatasetIndex, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Which rows an interrupted conversion has done; starts the file if there is none of this source."""
-    if partial.is_file() and progress.is_file():
-        return np.load(progress, allow_pickle=False)
-    for old in partial.parent.glob("progress-*.npy"):
-        old.unlink()
-    wanted = (len(index), *shape, 3)
-    np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=wanted).flush()
-    done = np.zeros(len(index), np.bool_)
-    _save(progress, done)
-    return done
-
-
-def _save(path: Path, array: NDArray[np.bool_]) -> None:
-    with replace_file(path) as file:
-        np.save(file, array, allow_pickle=False)
-
-
-def _pixels(source: Path, stored: DatasetIndex, row: int, size: int | None) -> NDArray[np.uint8]:
-    """One image as uint8 [H, W, 3]."""
-    try:
-        image = decode((source / stored.names[row]).read_bytes())  # [3, H, W]
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DecodeError(row, stored.names[row], str(error).splitlines()[0]) from None
+    pixels = read_pixels(source.data)
     if size:
-        box, _ = Center(crop_ratio=1.0).boxes(0, np.array([row]), 0, stored.sizes[row : row + 1])
-        image = render(image, box[0], False, size)
-    return image.permute(1, 2, 0).numpy()
+        box, _ = Center(crop_ratio=1.0).boxes(0, np.array([0]), 0, np.array([pixels.shape[:2]], np.int32))
+        image = render(torch.from_numpy(pixels).permute(2, 0, 1), box[0], False, size)
+        pixels = image.permute(1, 2, 0).contiguous().numpy()
+    return ResidentRecord(name=source.name, label=source.label, pixels=pixels)
+
+
+class ResidentWriter:
+    """Writes a resident dataset part by part, in order; a new writer on the same folder goes on after the last."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        """Start or resume. Raises ValueError if an unfinished conversion with other `settings` is there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._settings = folder, settings
+        self._partial = folder / f".{IMAGES}.partial"
+        self._journal = Journal(folder / f".{IMAGES}.journal", settings, fresh=not self._partial.exists())
+        start: dict[str, Any] = {"sources": 0, "end": _HEADER, "digest": "", "shape": None, "first": ""}
+        last = self._journal.parts[-1] if self._journal.parts else start
+        self.sources, self._end, self._digest = last["sources"], last["end"], last["digest"]
+        self._shape, self._first = last["shape"], last["first"]
+        self._journal.parts.clear()
+        self._partial.touch()
+        self._file = self._partial.open("r+b")
+        self._file.truncate(self._end)
+        self._file.seek(self._end)
+
+    def append(self, records: Sequence[ResidentRecord], sources: int, rejects: Sequence[Reject] = ()) -> None:
+        """Write a part and put it safely on disk: see BetonWriter.append.
+
+        Raises ValueError if an image is of another size than those before it.
+        """
+        for record in records:
+            height, width = record.pixels.shape[:2]
+            if self._shape is None:
+                self._shape, self._first = [height, width], record.name
+            if self._shape != [height, width]:
+                raise ValueError(
+                    f"images of several sizes: {self._first} has {self._shape[0]}x{self._shape[1]} pixels, "
+                    f"{record.name} {height}x{width}; a resident dataset has one: give --size N"
+                )
+            self._file.write(np.ascontiguousarray(record.pixels).data)
+            self._end += record.pixels.size
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._digest = chain(self._digest, (record.pixels.tobytes() for record in records))
+        self._journal.append(
+            {
+                "sources": sources,
+                "end": self._end,
+                "digest": self._digest,
+                "shape": self._shape,
+                "first": self._first,
+                "rows": [[record.label, record.name] for record in records],
+                "rejects": [[reject.position, reject.name, reject.reason] for reject in rejects],
+            }
+        )
+        self.sources = sources
+
+    def finish(self, classes: Sequence[str]) -> DatasetIndex:
+        """Give the file its header and final name; write rejects, manifest and, last, the index.
+
+        Raises ValueError if there is not one image.
+        """
+        rows = [row for part in self._journal.read() for row in part["rows"]]
+        if not rows:
+            raise ValueError(f"{self._folder}: no images to write")
+        height, width = self._shape
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "|u1", "fortran_order": False, "shape": (len(rows), height, width, 3)}
+        )
+        assert len(header.getvalue()) == _HEADER and self._end == _HEADER + len(rows) * height * width * 3
+        self._file.seek(0)
+        self._file.write(header.getvalue())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        index = DatasetIndex(
+            classes=tuple(classes),
+            labels=np.array([row[0] for row in rows], np.int64),
+            sizes=np.full((len(rows), 2), self._shape, np.int32),
+            names=[row[1] for row in rows],
+        )
+        rejects = (Reject.of(row) for part in self._journal.read() for row in part["rejects"])
+        rejected = write_rejects(self._folder, rejects)
+        # the journal stays until the end: with it, but without its data, a crash from here on starts anew
+        self._partial.replace(self._folder / IMAGES)
+        shape = {"height": height, "width": width}
+        index.save(self._folder)
+        write_manifest(self._folder, index, self._settings, rejected=rejected, **shape, data=self._digest)
+        self._journal.remove()
+        return index
+
+    def close(self) -> None:
+        """Leave an unfinished dataset to be resumed."""
+        self._file.close()

@@ -3,7 +3,7 @@
 A folder of shard-000000.tar, shard-000001.tar, ... Each sample is three members of a tar, named by its
 place in the source: 000000042.jpg, .cls (its label in decimal) and .json (name, height, width), so that
 the `webdataset` package and DALI's fn.readers.webdataset read them as they are. Beside each tar lies DALI's
-index of it (.idx), and index/ holds the DatasetIndex: a sample's offset counts from the start of the first
+index of it (.idx) and what was left out (.json), and index/ holds the DatasetIndex: a sample's offset counts from the start of the first
 tar through all of them.
 
 A shard is written whole or not at all, and depends on its own samples only: so a converter writes shards
@@ -12,21 +12,23 @@ in any order, in as many processes as it likes, and after a crash writes the mis
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import resource
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.encode import Source, Storage, encode_jpeg
-from pipelines.files import replace_file
+from pipelines.files import replace_file, write_json
 from pipelines.index import DatasetIndex
+from pipelines.ledger import Reject
 
 INDEX = "index"
 _IDX_VERSION = "v1.2"  # nvidia-dali's wds2idx.IndexCreator.index_file_version
@@ -65,14 +67,24 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:06d}.tar"
 
 
-def write_shard(folder: Path, number: int, records: Iterable[ShardRecord]) -> int:
-    """Write a shard's .idx and then, complete under its final name, its .tar; return its number of samples.
+def write_shard(folder: Path, number: int, records: Iterable[ShardRecord], rejects: Sequence[Reject] = ()) -> int:
+    """Write a shard's .idx and .json and then, complete under its final name, its .tar.
 
-    Equal records give equal bytes. A shard whose .tar exists is complete. Records are consumed one by one.
+    Equal records give equal bytes. A shard whose .tar exists is complete.
+
+    Args:
+        folder, number: where; see shard_path.
+        records: consumed one by one.
+        rejects: the samples that have no place in this shard, read after the last record. A shard of rejects
+            alone gets no .tar (DALI cannot read an empty one), only its .json.
+
+    Returns the number of samples.
     """
     path = shard_path(folder, number)
     lines: list[str] = []
+    about_path = path.with_suffix(".json")
     with replace_file(path) as file:
+        digest = hashlib.blake2b(digest_size=16)
         for record in records:
             key = f"{record.position:09d}"
             about = {"name": record.name, "height": record.height, "width": record.width}
@@ -86,13 +98,30 @@ def write_shard(folder: Path, number: int, records: Iterable[ShardRecord]) -> in
             for extension, data in members.items():
                 name = f"{key}.{extension}"
                 line.append(f"{extension} {_add_member(file, name, data)} {len(data)} {name}")
+                digest.update(data)
             lines.append(" ".join(line))
-        if not lines:
-            raise ValueError(f"{path}: no samples for this shard; DALI cannot read an empty one")
         file.write(bytes(2 * _BLOCK))  # a tar ends with two blocks of zeros
         with replace_file(path.with_suffix(".idx")) as index:
             index.write("\n".join([f"{_IDX_VERSION} {len(lines)}", *lines, ""]).encode())
+        bad = [[reject.position, reject.name, reject.reason] for reject in rejects]
+        write_json(about_path, {"samples": len(lines), "data": digest.hexdigest(), "rejects": bad})
+    if not lines:
+        path.unlink()
+        path.with_suffix(".idx").unlink()
     return len(lines)
+
+
+def shard_done(folder: Path, number: int) -> bool:
+    """Whether a shard is complete."""
+    path = shard_path(folder, number)
+    about = path.with_suffix(".json")
+    return about.is_file() and path.is_file() == bool(json.loads(about.read_text())["samples"])
+
+
+def shard_summaries(folder: Path) -> Iterator[dict[str, Any]]:
+    """What write_shard noted of every shard: samples, data (a digest), rejects."""
+    for path in sorted(folder.glob("shard-*.json")):
+        yield json.loads(path.read_text())
 
 
 def _add_member(file: IO[bytes], name: str, data: bytes) -> int:

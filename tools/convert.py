@@ -9,41 +9,154 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
 
 from fastdcd import cli
-from pipelines.index import read_classes
-from pipelines.resident_writer import write_resident
+from pipelines import conversion
+from pipelines.beton import index_folder
+from pipelines.encode import Storage
+from pipelines.index import DatasetIndex, read_classes
+from pipelines.ledger import REJECTS
+from pipelines.sources import Sources, open_sources
+
+_EPILOG = """examples:
+  python tools/convert.py resident data/cifar-100-python.tar.gz/train data/cifar100-resident/train
+  python tools/convert.py ffcv ILSVRC2012_img_train.tar data/imagenet-ffcv/train.beton --max-size 400 --workers 16
+  python tools/convert.py shards data/imagenet/train data/imagenet-shards/train --workers 16
+
+SRC is a folder of class folders, a tar or zip of one (read in place; also ImageNet's tar of tars), WebDataset
+shards, or CIFAR's archive (.../train or .../test). Killed at any moment, the same command goes on where it was.
+"""
+
+
+def _sources(arguments: argparse.Namespace) -> Sources:
+    classes = read_classes(arguments.classes) if arguments.classes else None
+    sources = open_sources(arguments.source, classes)
+    if arguments.keep:
+        sources = sources.keep(arguments.keep)
+    return sources.limit(arguments.limit) if arguments.limit else sources
+
+
+def _job(arguments: argparse.Namespace) -> conversion.Job:
+    return conversion.Job(
+        sources=_sources(arguments),
+        out=arguments.out,
+        workers=arguments.workers,
+        part=arguments.shard,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+
+
+def _storage(arguments: argparse.Namespace, jpeg: float) -> Storage:
+    return Storage(max_size=arguments.max_size or None, quality=arguments.quality, jpeg=jpeg)
+
+
+def ffcv(arguments: argparse.Namespace) -> int:
+    job = _job(arguments)
+    return _report(job, index_folder(job.out), conversion.to_beton(job, _storage(arguments, arguments.jpeg_share)))
+
+
+def shards(arguments: argparse.Namespace) -> int:
+    job = _job(arguments)
+    return _report(job, job.out, conversion.to_shards(job, _storage(arguments, 1.0), arguments.shard_size))
 
 
 def resident(arguments: argparse.Namespace) -> int:
-    classes = read_classes(arguments.classes) if arguments.classes else None
-    index = write_resident(
-        arguments.source,
-        arguments.out,
-        classes=classes,
-        size=arguments.size,
-        limit=arguments.limit,
-        workers=arguments.workers,
+    job = _job(arguments)
+    return _report(job, job.out, conversion.to_resident(job, arguments.size))
+
+
+def _report(job: conversion.Job, folder: Path, index: DatasetIndex | None) -> int:
+    if index is None:
+        print(f"{job.out}: this part is done; the run that finds all shards there writes the index")
+        return 0
+    rejected = len((folder / REJECTS).read_text().splitlines()) - 1
+    height, width = index.sizes.mean(0)
+    print(
+        f"{job.out}: {len(index):,} images of {width:.0f}x{height:.0f} pixels on average, {len(index.classes)} "
+        f"classes; {rejected} rejected" + (f", see {folder / REJECTS}" if rejected else "")
     )
-    height, width = index.sizes[0]
-    print(f"{arguments.out}: {len(index)} images of {height}x{width} pixels, {len(index.classes)} classes")
     return 0
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise ValueError
+    return value
+
+
+def _part(text: str) -> conversion.Part:
+    number, slash, of = text.partition("/")
+    if not slash:
+        raise ValueError
+    try:
+        return conversion.Part(number=int(number), of=int(of))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+_positive.__name__, _count.__name__, _part.__name__ = "number above 0", "number", "part i/n"  # in messages
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="convert.py",
         description="Convert a dataset once into a format that a loader backend reads fast.",
-        epilog="example: python tools/convert.py resident data/cifar100/train data/cifar100-resident/train",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     formats = parser.add_subparsers(dest="format", required=True)
-    command = formats.add_parser("resident", help="one array of pixels for small images (backend: resident)")
-    command.add_argument("source", type=Path, metavar="SRC", help="class folders of images: SRC/class/image")
-    command.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    command.add_argument("--classes", type=Path, metavar="FILE", help="class names in label order, one a line")
-    command.add_argument(
-        "--size", type=int, metavar="N", help="resize the shorter side to N, crop the centre to NxN"
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "source", type=Path, metavar="SRC", help="class folders, an archive, shards (see convert.py -h)"
     )
-    command.add_argument("--limit", type=int, metavar="N", help="keep N images, spread evenly over the classes")
-    command.add_argument("--workers", type=int, default=2, metavar="W", help="decoding threads (default 2)")
+    common.add_argument("--classes", type=Path, metavar="FILE", help="class names in label order, one a line")
+    common.add_argument(
+        "--keep", nargs="+", metavar="PATTERN", help="keep only classes of these names, as in 'a*'"
+    )
+    common.add_argument(
+        "--limit", type=_positive, metavar="N", help="keep N images, spread evenly over the classes"
+    )
+    common.add_argument("--workers", type=_count, default=2, metavar="W", help="processes (default 2)")
+    common.add_argument(
+        "--shard",
+        type=_part,
+        default=conversion.WHOLE,
+        metavar="I/N",
+        help="convert part I of N, counted from 0: shards go to one folder, others become datasets of their own",
+    )
+    images = argparse.ArgumentParser(add_help=False)
+    images.add_argument(
+        "--max-size", type=_count, default=500, metavar="N", help="longest side, pixels; 0: as it is (default 500)"
+    )
+    images.add_argument("--quality", type=_positive, default=90, metavar="Q", help="JPEG quality (default 90)")
+
+    command = formats.add_parser("ffcv", parents=[common, images], help="one .beton file (backend: ffcv)")
+    command.add_argument("out", type=Path, metavar="OUT", help=".beton file to write")
+    command.add_argument(
+        "--jpeg-share",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="share of JPEGs; the others are raw pixels, larger and faster (default 0.5)",
+    )
+    command.set_defaults(run=ffcv)
+
+    command = formats.add_parser("shards", parents=[common, images], help="WebDataset tars (backend: dali)")
+    command.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    command.add_argument(
+        "--shard-size", type=_positive, default=conversion.SHARD, metavar="N", help="images a tar (default 1000)"
+    )
+    command.set_defaults(run=shards)
+
+    command = formats.add_parser("resident", parents=[common], help="one array of pixels (backend: resident)")
+    command.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    command.add_argument(
+        "--size", type=_positive, metavar="N", help="resize the shorter side to N, crop the centre to NxN"
+    )
     command.set_defaults(run=resident)
     arguments = parser.parse_args()
     code: int = arguments.run(arguments)
