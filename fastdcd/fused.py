@@ -35,7 +35,7 @@ ENGINES = {"tiled": "fastdcd.tiled_dcd", "triton": "fastdcd.triton_dcd"}
 
 # Device -> (rows up to which a form is taken, form), measured by benchmarks/fused_loss.py.
 FASTEST: dict[str, list[tuple[float, str]]] = {
-    "cpu": [(math.inf, "tiled")],
+    "cpu": [(384, "naive"), (math.inf, "tiled")],
     "cuda": [(2048, "naive"), (16384, "tiled"), (math.inf, "triton")],  # not yet measured
 }
 
@@ -101,7 +101,9 @@ def _engine(form: str) -> ModuleType:
     try:
         return importlib.import_module(ENGINES[form])
     except ImportError as error:
-        raise ValueError(f"loss.form: {form} needs a package that is missing ({error}); use auto or tiled") from None
+        raise ValueError(
+            f"loss.form: {form} needs a package that is missing ({error}); use auto or tiled"
+        ) from None
 
 
 @functools.cache
@@ -173,8 +175,11 @@ class _Fused(torch.autograd.Function):
         own: Sums = engine.sums(rows)
         of_all = Sums(*place.gather(torch.stack(own, 1), 1.0).unbind(1)) if place.processes > 1 else own
         ctx.rows, ctx.of_all, ctx.alpha, ctx.divisor, ctx.engine = rows, of_all, alpha, divisor, engine
-        contrast = (own.R.log() - own.matched).sum() / divisor
-        consist = (own.T + own.R.log() - own.C.log()).sum() / divisor
+        # in float64, it is only a number a row; log1p: near convergence the others' sum is the whole loss
+        R_others, C_others, T, matched = (each.double() for each in own)
+        contrast = ((R_others / matched).log1p().sum() / divisor).to(z_s.dtype)
+        log_ratio = ((R_others + matched) / (C_others + matched)).log()
+        consist = ((T + log_ratio).sum() / divisor).to(z_s.dtype)
         ctx.mark_non_differentiable(contrast, consist)
         return contrast + alpha * consist, contrast, consist
 
