@@ -14,12 +14,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+Kind = TypeVar("Kind")
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -300,9 +301,65 @@ class Config:
         return self.eval.image_size or self.student_size(self.train.epochs - 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProbeData:
+    """How a linear probe reads its images."""
+
+    __pydantic_config__ = _STRICT
+    workers: Count = 2
+    """Decoding processes, for image files."""
+    batch_size: Positive = 64
+    """Rows of one step of the classifier."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    crop_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Side of the centre crop over the shorter side of the image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeStudent:
+    """The frozen network."""
+
+    __pydantic_config__ = _STRICT
+    model: str
+    """As in an experiment: torchvision:NAME, timm:NAME, cifar:NAME or path/to/file.py:callable."""
+    classes: Positive | None = None
+    """Classes it was trained on; read from the checkpoint if not given."""
+    image_size: Positive = 32
+    """Pixels."""
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeTrain:
+    """Training of the classifier."""
+
+    __pydantic_config__ = _STRICT
+    epochs: Positive = 120
+    seed: int = 0
+    """Seed of the order of rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A linear probe: sections and keys mean what they mean in an experiment."""
+
+    __pydantic_config__ = _STRICT
+    student: ProbeStudent
+    data: ProbeData = field(default_factory=ProbeData)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: ProbeTrain = field(default_factory=ProbeTrain)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of every program that works from a config: --config FILE and --set section.key=value ..."""
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the experiment's YAML file")
+    add_overrides(parser)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """The argument --set section.key=value ..."""
     parser.add_argument(
         "--set",
         action="extend",
@@ -319,6 +376,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises ValueError, one line a mistake: the key's path, what was got, what was expected, the nearest key.
     """
     tree = _read(path, ())
+    override_tree(tree, overrides)
+    config = parse(tree, str(path))
+    if config.run.dir is None:
+        # configs/cifar100/x.yaml -> runs/cifar100/x
+        names = path.with_suffix("").parts
+        below = names[names.index("configs") + 1 :] if "configs" in names else names[-1:]
+        tree.setdefault("run", {})["dir"] = str(Path("runs", *below))
+        config = parse(tree, str(path))
+    return config
+
+
+def override_tree(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put values given as section.key=value into a nested dictionary. Raises ValueError for another form."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -330,32 +400,26 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
             if not isinstance(node, dict):
                 raise ValueError(f"--set {override}: {part} is not a section")
         node[parts[-1]] = _yaml(text, f"--set {override}")
-    config = parse(tree, str(path))
-    if config.run.dir is None:
-        # configs/cifar100/x.yaml -> runs/cifar100/x
-        names = path.with_suffix("").parts
-        below = names[names.index("configs") + 1 :] if "configs" in names else names[-1:]
-        tree.setdefault("run", {})["dir"] = str(Path("runs", *below))
-        config = parse(tree, str(path))
-    return config
 
 
 def parse(tree: Mapping[str, Any], source: str) -> Config:
     """Check a nested dictionary against Config. Raises ValueError with one line a mistake."""
+    return parse_as(Config, tree, source)
+
+
+def parse_as(kind: type[Kind], tree: Mapping[str, Any], source: str) -> Kind:
+    """Check a nested dictionary against a dataclass of sections. Raises ValueError with one line a mistake."""
     try:
         # Strict JSON mode: lists become tuples and strings paths, but "3" is no number.
-        return _ADAPTER.validate_json(json.dumps(tree, default=str))
+        return TypeAdapter(kind).validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        raise ValueError("\n".join(f"{source}: {_explain(each)}" for each in error.errors())) from None
+        raise ValueError("\n".join(f"{source}: {_explain(each, kind)}" for each in error.errors())) from None
 
 
 def dump(config: Config) -> str:
     """The complete configuration as YAML: what a run stores, and what `load` reads again."""
-    tree = json.loads(_ADAPTER.dump_json(config))
+    tree = json.loads(TypeAdapter(Config).dump_json(config))
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-_ADAPTER = TypeAdapter(Config)
 
 
 class _Loader(yaml.SafeLoader):
@@ -412,12 +476,12 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, kind: type) -> str:
     # pydantic puts the branch of a union into the path (constrained-int): not a name the user wrote
     location = [str(part) for part in error["loc"] if re.fullmatch(r"\w+", str(part))]
     path = ".".join(location)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{path}: no such key; {_nearest(location)}"
+        return f"{path}: no such key; {_nearest(location, kind)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{path}: is missing and has no default"
     message = error["msg"].removeprefix("Value error, ")
@@ -426,19 +490,19 @@ def _explain(error: Any) -> str:
     return f"{path}: got {error['input']!r}; {message[0].lower()}{message[1:]}"
 
 
-def _nearest(location: Sequence[str]) -> str:
+def _nearest(location: Sequence[str], kind: type) -> str:
     """What the user may have meant by an unknown key: a similar one beside it, or the same in another section."""
     section, key = list(location[:-1]), location[-1]
-    known = _keys_at(section)
+    known = _keys_at(section, kind)
     near = [[*section, name] for name in difflib.get_close_matches(key, known, n=1)]
-    elsewhere = [[name, key] for name in _keys_at([]) if key in _keys_at([name])]
+    elsewhere = [[name, key] for name in _keys_at([], kind) if key in _keys_at([name], kind)]
     for candidate in near + elsewhere:
         return f"did you mean {'.'.join(candidate)}?"
     return f"known: {', '.join(known)}"
 
 
-def _keys_at(location: Sequence[str]) -> list[str]:
-    node: Any = Config
+def _keys_at(location: Sequence[str], kind: type) -> list[str]:
+    node: Any = kind
     for part in location:
         node = get_type_hints(node).get(part)
     return [each.name for each in fields(node)] if is_dataclass(node) else []
