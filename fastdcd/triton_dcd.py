@@ -5,6 +5,7 @@ rows past it; the shares' partial results are then added, in a fixed order. The 
 `fastdcd.tiled_dcd`. With TRITON_INTERPRET=1 the kernels run on the CPU, slowly, for tests.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 from typing import Any
