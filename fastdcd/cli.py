@@ -22,9 +22,25 @@ def run(main: Callable[[], int]) -> NoReturn:
     except (ValueError, PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         print(f"{program}: error: {error}", file=sys.stderr)  # noqa: T201
         code = 2
-    except OSError as error:  # a full disk, a storage error
+    except (OSError, FloatingPointError) as error:  # a full disk, a storage error; a run that diverged
         print(f"{program}: failed: {error}", file=sys.stderr)  # noqa: T201
+        code = 1
+    except RuntimeError as error:
+        if not _is_lost_process(error):
+            raise
+        print(  # noqa: T201
+            f"{program}: failed: another process of this run was lost, or did not answer ({str(error).splitlines()[0]}); "
+            "the last checkpoint is whole: go on with --resume auto",
+            file=sys.stderr,
+        )
         code = 1
     except KeyboardInterrupt:
         code = 1
     sys.exit(code)
+
+
+def _is_lost_process(error: RuntimeError) -> bool:
+    """Whether communication failed. Gloo says so in words only."""
+    distributed = sys.modules.get("torch.distributed")
+    known = isinstance(error, distributed.DistError) if distributed else False
+    return known or "gloo" in str(error).lower() or "connection closed by peer" in str(error).lower()

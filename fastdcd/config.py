@@ -214,6 +214,12 @@ class Train:
     keep_checkpoints: Positive = 2
     log_every: Positive = 50
     """Steps between lines in metrics.jsonl. Each costs one wait for the device."""
+    max_skipped: Positive = 20
+    """A step whose gradient is not finite is skipped on every process; so many in a row end the run (noticed when
+    a line is logged)."""
+    timeout: Positive = 1800
+    """Seconds that a process waits for the others before it takes them for lost. Indexing a large folder or
+    evaluating a teacher takes place within it."""
     resume: str = "none"
     """none, auto (from the newest checkpoint in run.dir, or from the start), or a checkpoint's path."""
 

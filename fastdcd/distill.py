@@ -137,7 +137,7 @@ class DistillModule(nn.Module):
 
         Returns "loss" (to call backward on) and the terms' named parts, detached, all 0-dimensional.
         """
-        output = self.student(self.normalize(images))
+        output = self._look(images)
         # the losses choose their own precision: bf16 over them costs up to 4 % of gradient error
         with torch.autocast(images.device.type, enabled=False):
             inputs = LossInputs(output, teacher, labels, divisor)
@@ -148,6 +148,22 @@ class DistillModule(nn.Module):
                 total = total + self.weights[name] * value
                 parts.update(named)
         return {"loss": total, **parts}
+
+    def _look(self, images: Tensor) -> ModelOutput:
+        if len(images) or self.synchronised:
+            output: ModelOutput = self.student(self.normalize(images))
+            return output
+        # This process has no share of the last batch. DDP still waits for its gradients, which are zero: a black
+        # image is looked at, without touching BatchNorm statistics, and left out.
+        self.student.eval()
+        output = self.student(self.normalize(images.new_zeros(1, *images.shape[1:])))
+        self.student.train()
+        return ModelOutput(output.features[:0], output.logits[:0])
+
+    @property
+    def synchronised(self) -> bool:
+        """Whether BatchNorm looks at all processes' rows, so that none may stay away."""
+        return any(isinstance(each, nn.SyncBatchNorm) for each in self.student.modules())
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits [n, classes] of images uint8 [n, 3, H, W], without any loss."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast, set_seed
 from torch import nn
 
 from fastdcd import models, weights
@@ -42,7 +43,7 @@ def make_accelerator(config: Config) -> Accelerator:
         mixed_precision=precision,
         log_with=list(config.run.trackers) or None,
         project_dir=config.run.dir,
-        kwargs_handlers=[_DDP],
+        kwargs_handlers=[_DDP, InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout))],
     )
     set_seed(config.run.seed)
     return accelerator
@@ -124,7 +125,9 @@ def build_student(
     normalize = models.normalize_for(section.model, section.mean, section.std)
     teacher_dim = teacher.network.feature_dim if teacher else 0
     module: nn.Module = DistillModule(student, normalize, config.loss, teacher_dim=teacher_dim)
-    if section.sync_bn:
+    if section.sync_bn and accelerator.num_processes > 1:
+        if accelerator.device.type == "cpu":
+            raise ValueError("student.sync_bn: got true, but torch has it on GPUs only; set it false or use GPUs")
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     assert isinstance(module, DistillModule)
     module.to(accelerator.device)
@@ -133,6 +136,11 @@ def build_student(
     if config.train.compile:
         module.student.compile()  # in place: names in checkpoints stay the same
     return module
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give all processes the first one's buffers (BatchNorm statistics), as DDP does before each step only."""
+    broadcast(list(module.buffers()))
 
 
 def image_sizes(student: int, teacher: int | None) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,23 +22,24 @@ class RunningMeans:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._steps = 0
+        self._steps: Tensor | int = 0
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Add one step's values; nothing waits for the device."""
-        self._steps += 1
+    def add(self, values: dict[str, Tensor], *, taken: Tensor | None = None) -> None:
+        """Add one step's values, unless `taken` (bool, 0-dimensional) is false; nothing waits for the device."""
+        self._steps = self._steps + (1 if taken is None else taken.float())
         for name, value in values.items():
             value = value.detach()
+            if taken is not None:
+                value = torch.where(taken, value, 0.0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
 
-    def take(self) -> dict[str, float]:
-        """Means since the last call, with one wait for the device."""
-        if not self._steps:
-            return {}
-        means = self.on_device()
-        values = torch.stack([value.float() for value in means.values()]).tolist()
+    def take(self, accelerator: Accelerator, others: dict[str, Tensor]) -> dict[str, float]:
+        """Means since the last call and `others` as they are, averaged over processes, with one wait for the
+        device. A mean over no steps is NaN."""
+        values = {**self.on_device(), **others}
+        vector = torch.stack([value.float() for value in values.values()])
         self._sums, self._steps = {}, 0
-        return dict(zip(means, values, strict=True))
+        return dict(zip(values, accelerator.reduce(vector, reduction="mean").tolist(), strict=True))
 
     def on_device(self) -> dict[str, Tensor]:
         """Means so far as tensors; nothing waits for the device."""
@@ -102,12 +104,19 @@ class MetricsWriter:
             self._file = path.open("a")
 
     def write(self, kind: str, *, epoch: int, step: int, **values: Any) -> None:
-        """One line: kind is train, eval or epoch; step counts optimizer steps done since the start."""
+        """One line: kind is train, eval or epoch; step counts optimizer steps done since the start.
+
+        A number that is not finite is written as null: JSON has no other.
+        """
         if not self._accelerator.is_main_process:
             return
+        values = {
+            name: None if value != value or abs(value) == math.inf else value for name, value in values.items()
+        }
         self._file.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **values}) + "\n")
         self._file.flush()
-        self._accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        known = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+        self._accelerator.log(known, step=step)
 
     def close(self) -> None:
         if self._accelerator.is_main_process:

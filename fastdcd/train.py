@@ -21,6 +21,7 @@ from fastdcd import checkpoint, cli, config, experiment
 from fastdcd.checkpoint import Progress
 from fastdcd.config import Config
 from fastdcd.evaluate import Accuracy, evaluate
+from fastdcd.guard import GuardedStep
 from fastdcd.metrics import MetricsWriter, RunningMeans, Stopwatch
 from fastdcd.models import ModelOutput
 from fastdcd.optim import build_optimizer, learning_rate, set_learning_rate
@@ -57,6 +58,7 @@ def train(cfg: Config) -> dict[str, Any]:
         mode = open_mode(cfg, train_set, family, teacher, accelerator)
         mode.images_seen = progress.teacher_images
         metrics = MetricsWriter(cfg.run.dir / "metrics.jsonl", accelerator, resume_step=progress.step)
+        guard = GuardedStep(module, optimizer, accelerator, limit=cfg.train.max_skipped)
         means, watch = RunningMeans(), Stopwatch(progress.seconds)
         accuracy: Accuracy | None = None
 
@@ -101,18 +103,19 @@ def train(cfg: Config) -> dict[str, Any]:
                 terms = backward(wrapped, batch, knowledge, images, accelerator, cfg.train.accumulate)
                 if cfg.train.clip:
                     accelerator.clip_grad_norm_(wrapped.parameters(), cfg.train.clip)
-                optimizer.step()
+                guard.step()
                 optimizer.zero_grad(set_to_none=True)
                 module.after_step()
 
-                means.add(terms)
+                means.add(terms, taken=guard.finite)
                 watch.count(images)
                 progress = replace(progress, step=progress.step + 1, step_in_epoch=progress.step_in_epoch + 1)
                 bar.update()
                 last = progress.step_in_epoch == plan.steps
                 if progress.step % cfg.train.log_every == 0 or last:
-                    values = {"lr": rate, **means.take(), **watch.take()}
+                    values = {"lr": rate, **means.take(accelerator, guard.take()), **watch.take()}
                     metrics.write("train", epoch=epoch, step=progress.step, **values)
+                    guard.check(values["skipped_in_a_row"])
                 stop.poll(progress.step, every=cfg.train.log_every, limit=cfg.train.max_steps)
                 if stop.requested or last:
                     break
@@ -120,6 +123,7 @@ def train(cfg: Config) -> dict[str, Any]:
                     save()
             batches.close()
             watch.stop()
+            experiment.share_buffers(module)
 
             # ---- the end of an epoch
             if progress.step_in_epoch == plan.steps:
