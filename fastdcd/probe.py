@@ -1,0 +1,132 @@
+"""Linear probes: how well a linear classifier does on a network's frozen features.
+
+The transfer protocol of the DCD paper and of CRD (Tian et al. 2020): images at 32x32, SGD, 120 epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastdcd import config, models, weights
+from fastdcd.config import Probe, ProbeStudent
+from fastdcd.evaluate import Accuracy
+from fastdcd.optim import build_optimizer, learning_rate, set_learning_rate
+from fastdcd.teacher import Teacher
+from pipelines.base import Loader
+from pipelines.plan import EpochPlan, order
+from pipelines.prefetch import prefetch
+from pipelines.views import Center
+
+# What the paper's protocol sets where the defaults of an experiment differ.
+PROTOCOL: dict[str, Any] = {
+    "student": {"image_size": 32},
+    "optim": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "decay_norms_and_biases": True},
+    "schedule": {"name": "step", "milestones": [30, 60, 90], "gamma": 0.1},
+    "train": {"epochs": 120},
+}
+# Images of one forward pass.
+ROWS = 256
+
+
+class Features(NamedTuple):
+    """Features float32 [n, d] of a data set, and its labels int64 [n]."""
+
+    features: Tensor
+    labels: Tensor
+
+
+def settings(checkpoint: Path, overrides: Sequence[str]) -> Probe:
+    """The protocol for a checkpoint; which network it is says the config.yaml of its run, beside it.
+
+    Raises ValueError if nothing says which network it is, or for overrides that do not fit.
+    """
+    tree = deepcopy(PROTOCOL)
+    beside = checkpoint.parent / "config.yaml"
+    if beside.is_file():
+        run = config.load(beside)
+        tree["student"] = {
+            "model": run.student.model,
+            "image_size": run.eval_size,
+            "mean": run.student.mean,
+            "std": run.student.std,
+        }
+    config.override_tree(tree, overrides)
+    if "model" not in tree["student"]:
+        raise ValueError(
+            f"{checkpoint}: no config.yaml beside it that says which network it is; add --set student.model=..."
+        )
+    return config.parse_as(Probe, tree, "linear probe")
+
+
+def load_frozen(section: ProbeStudent, checkpoint: Path, device: torch.device) -> Teacher:
+    """The network of a checkpoint, in evaluation mode and without gradients.
+
+    Raises ValueError if the checkpoint is not one of this network.
+    """
+    classes = section.classes or models.trained_classes(section.model, checkpoint)
+    network = models.build(section.model, classes=classes)
+    weights.load_into(network, checkpoint)
+    normalize = models.normalize_for(section.model, section.mean, section.std)
+    frozen = Teacher(network, normalize, size=section.image_size, rows=ROWS, precision="fp32")
+    frozen.to(memory_format=torch.channels_last)
+    return frozen.to(device)
+
+
+def extract(frozen: Teacher, loader: Loader, *, crop_ratio: float, device: torch.device) -> Features:
+    """Pooled features of centre crops of all samples, each computed once, in the order of their ids."""
+    plan = EpochPlan(
+        index=loader.index,
+        family=Center(crop_ratio=crop_ratio),
+        view_seed=0,
+        view=0,
+        order=np.arange(len(loader.index)),
+        batch_size=ROWS,
+    )
+    batches = prefetch(loader.epoch(plan.work((frozen.size,))), lambda ids: None, device)
+    parts = [
+        Features(frozen.features(batch.images[0]), batch.labels)
+        for batch, _ in tqdm(batches, "features", plan.steps, leave=False, disable=None)
+    ]
+    features, labels = zip(*parts, strict=True)
+    return Features(torch.cat(features), torch.cat(labels))
+
+
+def fit(train: Features, *, classes: int, cfg: Probe) -> nn.Linear:
+    """A linear classifier [classes, d] of features. It starts at zero: the problem is convex."""
+    count, dim = train.features.shape
+    classifier = nn.Linear(dim, classes).to(train.features.device)
+    nn.init.zeros_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    # named as in training, so that optim.decay_norms_and_biases means the same
+    optimizer = build_optimizer(nn.ModuleDict({"student": classifier}), cfg.optim)
+    steps = -(-count // cfg.data.batch_size)
+    for epoch in tqdm(range(cfg.train.epochs), "probe", leave=False, disable=None, unit="epoch"):
+        ids = torch.from_numpy(order(count, seed=cfg.train.seed, epoch=epoch)).to(train.features.device)
+        for number, rows in enumerate(ids.split(cfg.data.batch_size)):
+            rate = learning_rate(
+                epoch * steps + number, steps, epochs=cfg.train.epochs, schedule=cfg.schedule, peak=cfg.optim.lr
+            )
+            set_learning_rate(optimizer, rate)
+            loss = F.cross_entropy(classifier(train.features[rows]), train.labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return classifier
+
+
+@torch.no_grad()
+def accuracy(classifier: nn.Linear, test: Features) -> Accuracy:
+    """Top-1 and top-5 of a classifier of features."""
+    logits = classifier(test.features)
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == test.labels[:, None]  # [n, 5], best first
+    top1, top5 = hits[:, 0].double().mean(), hits.any(1).double().mean()
+    return Accuracy(100 * top1.item(), 100 * top5.item(), F.cross_entropy(logits, test.labels).item())
