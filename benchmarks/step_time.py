@@ -1,0 +1,131 @@
+"""What does distillation add to a plain step? Cross-entropy, DCD + KD from a cache, DCD + KD online, in turns.
+
+All three train the same student on the same batches of the real loader; each step of one is timed beside the
+steps of the others, so that whatever else the machine does falls on all. Ratios, not seconds, are the result.
+The weights are fresh ones: a step costs the same whatever they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from benchmarks import record
+from fastdcd import cli, config, experiment, filling, models, weights
+from fastdcd.optim import build_optimizer
+from fastdcd.teacher_modes import open_mode
+from fastdcd.train import backward
+from pipelines.prefetch import prefetch
+
+VARIANTS = {
+    "plain cross-entropy": ["loss.kd=0", "loss.dcd=0", "teacher.mode=none"],
+    "DCD + KD, cached": ["loss.kd=1", "loss.dcd=1", "teacher.mode=cached"],
+    "DCD + KD, online": ["loss.kd=1", "loss.dcd=1", "teacher.mode=online"],
+}
+
+
+def steps_of(cfg: config.Config, accelerator: Accelerator) -> Iterator[tuple[float, float]]:
+    """Take training steps for ever; yields seconds waited for data, and seconds of the step."""
+    loader, val = experiment.open_data(cfg, accelerator)
+    with loader, val:
+        family = experiment.view_family(cfg)
+        teacher = experiment.build_teacher(cfg, len(loader.index.classes), accelerator)
+        module = experiment.build_student(cfg, len(loader.index.classes), teacher, accelerator)
+        wrapped, optimizer = accelerator.prepare(module, build_optimizer(module, cfg.optim))
+        mode = open_mode(cfg, loader, family, teacher, accelerator)
+        wrapped.train()
+        synchronize: Callable[[], None] = torch.cuda.synchronize if accelerator.device.type == "cuda" else _nothing
+        while True:
+            plan = experiment.epoch_plan(cfg, loader, family, 0)
+            work = plan.work(experiment.image_sizes(cfg.student_size(0), mode.begin(0)))
+            batches = prefetch(loader.epoch(work), mode.lookup, accelerator.device)
+            for step in range(plan.steps - 1):  # the last batch is smaller
+                begin = time.perf_counter()
+                batch, rows = next(batches)
+                waited = time.perf_counter()
+                known = mode.knowledge(batch, rows)
+                backward(wrapped, batch, known, plan.rows(step), accelerator, 1)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                module.after_step()
+                synchronize()
+                yield waited - begin, time.perf_counter() - waited
+            batches.close()
+
+
+def _nothing() -> None: ...
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="step_time.py", description=__doc__.splitlines()[0] if __doc__ else None)
+    config.add_arguments(parser)
+    parser.add_argument("--steps", type=int, default=60, metavar="N", help="timed steps of each (default 60)")
+    parser.add_argument("--name", required=True, help="results are written to benchmarks/results/NAME")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        results = measure(arguments.config, arguments.set, arguments.steps, Path(scratch))
+    lines = [
+        "| step | time, data wait excluded | time, data wait included |",
+        "|---|---|---|",
+        "| plain cross-entropy | 1 | 1 |",
+    ]
+    for name in list(VARIANTS)[1:]:
+        excluded, included = results[name]["ratio_without_wait"], results[name]["ratio_with_wait"]
+        lines.append(f"| {name} | {record.text(excluded)} | {record.text(included)} |")
+    record.write(arguments.name, {"config": str(arguments.config), "variants": results}, "\n".join(lines))
+    return 0
+
+
+def measure(file: Path, overrides: list[str], steps: int, scratch: Path) -> dict[str, dict[str, Any]]:
+    """Median and quartiles of each variant's ratio to the plain step of the same turn."""
+    base = config.load(file, [*overrides, "teacher.mode=none", "loss.kd=0", "loss.dcd=0"])
+    accelerator = experiment.make_accelerator(base)
+    with experiment.open_set(base.data, base.data.train, accelerator.device, "data.train") as loader:
+        classes = len(loader.index.classes)
+    checkpoint = scratch / "teacher.safetensors"
+    weights.save(checkpoint, models.build(base.teacher.model or "", classes=classes).original_state_dict())
+    common = [
+        *overrides,
+        f"teacher.checkpoint={checkpoint}",
+        f"cache.path={scratch / 'cache'}",
+        "views.count=1",
+        f"run.dir={scratch / 'run'}",
+    ]
+    configs = {name: config.load(file, [*common, *settings]) for name, settings in VARIANTS.items()}
+    with (parts := filling.open_parts(configs["DCD + KD, cached"])).loader:
+        filling.fill(parts)
+
+    variants = {name: steps_of(each, accelerator) for name, each in configs.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    for turn in tqdm(range(steps + 3), "turns", disable=None):
+        for name, timed in variants.items():
+            found = next(timed)
+            if turn >= 3:  # warm-up
+                times[name].append(found)
+    for timed in variants.values():
+        timed.close()  # type: ignore[attr-defined]
+    plain = times["plain cross-entropy"]
+    return {
+        name: {
+            "ratio_without_wait": record.spread([a[1] / b[1] for a, b in zip(own, plain, strict=True)]),
+            "ratio_with_wait": record.spread([sum(a) / sum(b) for a, b in zip(own, plain, strict=True)]),
+            "seconds": record.spread([step for _, step in own]),
+            "data_wait_seconds": record.spread([wait for wait, _ in own]),
+        }
+        for name, own in times.items()
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)
