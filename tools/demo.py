@@ -25,6 +25,7 @@ from fastdcd import cli, config, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 TRAIN_IMAGES = 1000
 SEEDS = (0, 1, 2)
@@ -114,12 +115,13 @@ def results() -> str:
 def picture(path: Path) -> None:
     """Accuracy of every student, and how it came about."""
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(2, 3), layout="constrained")
+    low = np.floor(min(summary(f"{student}-{seed}")["top1"] for student in STUDENTS for seed in SEEDS))
     colors = dict(zip(STUDENTS, ("#8a8a8a", "#3b78b8", "#c8502d"), strict=True))
     for place, (student, title) in enumerate(STUDENTS.items()):
         top1 = [summary(f"{student}-{seed}")["top1"] for seed in SEEDS]
         bars.bar(place, np.mean(top1), color=colors[student], width=0.6)
         bars.plot([place] * len(top1), top1, "o", color="black", markersize=4)
-        bars.annotate(f"{np.mean(top1):.1f}", (place, np.mean(top1)), (14, -4), textcoords="offset points")
+        bars.annotate(f"{np.mean(top1):.1f}", (place, low - 1), ha="center", color="white", fontsize=12)
         lines = [read_metrics(f"{student}-{seed}") for seed in SEEDS]
         epochs = [line["epoch"] + 1 for line in lines[0]]
         values = np.array([[line["top1"] for line in run] for run in lines])
@@ -130,10 +132,10 @@ def picture(path: Path) -> None:
         axes.axhline(teacher, color="black", linewidth=0.8, linestyle="--")
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylabel("top-1, %")
-    low = min(summary(f"{student}-{seed}")["top1"] for student in STUDENTS for seed in SEEDS)
-    bars.set(ylim=(np.floor(low) - 2, 100), xticks=range(3), xticklabels=list(STUDENTS.values()))
+    bars.set(ylim=(low - 2, 100), xticks=range(3), xticklabels=list(STUDENTS.values()))
     bars.set_title("after the last epoch; dots are seeds", fontsize=10)
     curves.annotate("teacher", (curves.get_xlim()[0], teacher), (4, 4), textcoords="offset points", fontsize=9)
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     curves.set(xlabel="epoch", ylim=(max(values.min() - 20, 0), 100))
     curves.set_title("mean of 3 seeds, lowest to highest shaded", fontsize=10)
     curves.legend(frameon=False, loc="lower right")
