@@ -7,13 +7,15 @@ however often the conversion was killed. Memory holds some parts, never the data
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -87,8 +89,7 @@ def encoded(
 ) -> Generator[R | Reject, None, None]:
     """Encode the sources of `ranges` in order, in `workers` processes (0: in this one).
 
-    torch's DataLoader is the pool: it keeps the order, holds back workers that are too far ahead, and its
-    workers end when this process is killed.
+    torch's DataLoader is the pool: it keeps the order and holds back workers that are too far ahead.
 
     Raises OSError if a source cannot be read.
     """
@@ -100,12 +101,22 @@ def encoded(
         collate_fn=_unchanged,
         num_workers=min(workers, len(chunks)),
         prefetch_factor=4 if workers and chunks else None,
+        worker_init_fn=_die_with_parent,
     )
     for outcomes in loader:
         for outcome in outcomes:
             if isinstance(outcome, OSError):
                 raise outcome
             yield outcome
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _die_with_parent(worker: int) -> None:
+    """A worker whose parent was killed would wait forever for somebody to read its results."""
+    with suppress(AttributeError):  # Linux only
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _unchanged(outcomes: list[Any]) -> list[Any]:
@@ -187,8 +198,9 @@ def to_beton(job: Job, storage: Storage) -> DatasetIndex:
     job.out.parent.mkdir(parents=True, exist_ok=True)
     encode = functools.partial(beton.encode_record, storage=storage)
     job.announce(estimate(job.sources, encode, lambda record: len(record.payload)))
-    writer = beton.BetonWriter(job.out, capacity=len(job.sources), storage=storage, source=job.sources.digest)
-    return _run(job, writer, encode)
+    with _full_disk(job.out):
+        writer = beton.BetonWriter(job.out, capacity=len(job.sources), storage=storage, source=job.sources.digest)
+        return _run(job, writer, encode)
 
 
 def to_resident(job: Job, size: int | None) -> DatasetIndex:
@@ -203,13 +215,14 @@ def to_resident(job: Job, size: int | None) -> DatasetIndex:
         raise ValueError(f"{job.out}: another dataset is there; remove it or choose another folder")
     encode = functools.partial(resident_writer.encode_record, size=size)
     job.announce(estimate(job.sources, encode, lambda record: record.pixels.nbytes))
-    return _run(job, resident_writer.ResidentWriter(job.out, settings), encode)
+    with _full_disk(job.out):
+        return _run(job, resident_writer.ResidentWriter(job.out, settings), encode)
 
 
 def _run(job: Job, writer: _Writer[R], encode: Encode[R]) -> DatasetIndex:
     """Feed a writer of one file from where it stands."""
     count = len(job.sources)
-    with _full_disk(job.out), _bar(job, count, writer.sources) as bar:
+    with _bar(job, count, writer.sources) as bar:
         outcomes = encoded(job.sources, encode, [range(writer.sources, count)], job.workers)
         try:
             while writer.sources < count:

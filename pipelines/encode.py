@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipelines.torch_loader import decode
 
@@ -70,6 +70,8 @@ def read_pixels(data: bytes | Pixels) -> Pixels:
         return data
     try:
         return np.ascontiguousarray(decode(data).permute(1, 2, 0).numpy())
+    except UnidentifiedImageError:
+        raise ValueError("not an image of a known format") from None  # Pillow's message holds a memory address
     except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from None
 
