@@ -193,7 +193,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train a student as a config says, with or without a teacher.",
-        epilog="example: accelerate launch fastdcd/train.py --config configs/digits/dcd_kd.yaml --set run.seed=1",
+        epilog="example: accelerate launch fastdcd/train.py --config configs/cifar100/resnet8x4.yaml --set run.seed=1",
     )
     config.add_arguments(parser)
     parser.add_argument("--resume", metavar="WHAT", help="none, auto, or a checkpoint: train.resume")
