@@ -12,7 +12,7 @@ import importlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -68,6 +68,7 @@ class LoaderOptions:
         on_decode_error: `raise` ends the epoch with a DecodeError. `skip_and_report` goes on: the sample is
             shown black under its own label and id, a warning names it once, and Loader.undecodable keeps it.
             The batch keeps its rows, so that ranks stay in step and cached teacher rows stay aligned.
+        replays: the backend whose batches `replay` repeats; set from its name, as in replay:torch.
     """
 
     workers: int = 2
@@ -75,12 +76,14 @@ class LoaderOptions:
     classes: tuple[str, ...] | None = None
     index_cache: Path | None = None
     on_decode_error: Literal["raise", "skip_and_report"] = "raise"
+    replays: str = ""
 
 
 class Loader(ABC):
     """Executes plans over one dataset. Close it, or use it as a context manager."""
 
     backend: ClassVar[str]
+    reads_files: ClassVar[bool] = True  # else its path names no file
     index: DatasetIndex
 
     @classmethod
@@ -162,6 +165,12 @@ BACKENDS: dict[str, str] = {
     "ffcv": "pipelines.ffcv_loader:FFCVLoader",
 }
 
+# Loaders that show other pixels than the plan's: what the rest of a run reaches when reading is free.
+CEILINGS: dict[str, str] = {
+    "synthetic": "pipelines.synthetic:SyntheticLoader",
+    "replay": "pipelines.replay:ReplayLoader",
+}
+
 
 def open_loader(backend: str, path: Path, options: LoaderOptions) -> Loader:
     """Open `path` with a backend by name.
@@ -169,10 +178,12 @@ def open_loader(backend: str, path: Path, options: LoaderOptions) -> Loader:
     Raises ValueError for an unknown backend, a missing optional package (with what to install), or a
     dataset that the backend cannot read.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"data.backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if not path.exists():
+    name, _, replayed = backend.partition(":")
+    known = {**BACKENDS, **CEILINGS}
+    if name not in known or (replayed and (name != "replay" or replayed not in BACKENDS)):
+        raise ValueError(f"data.backend: got {backend!r}, expected one of {', '.join(known)}")
+    module, _, class_name = known[name].partition(":")
+    loader_class: type[Loader] = getattr(importlib.import_module(module), class_name)
+    if loader_class.reads_files and not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    module, _, name = BACKENDS[backend].partition(":")
-    loader_class: type[Loader] = getattr(importlib.import_module(module), name)
-    return loader_class.open(path, options)
+    return loader_class.open(path, replace(options, replays=replayed) if replayed else options)

@@ -1,0 +1,71 @@
+"""The ceiling of decoding: the first batches of another loader, kept in memory and shown again and again.
+
+Unlike noise they are real pixels with their own ids and labels, they are copied to the device as any
+batch is, and a teacher cache has rows for them: what is free is reading, decoding and augmenting only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Self
+
+from pipelines.base import Batch, Loader, LoaderOptions, open_loader
+from pipelines.plan import Work
+
+KEPT = 4  # batches
+
+
+class ReplayLoader(Loader):
+    """Executes the first batches of a plan and repeats them. By name: replay:torch, replay:ffcv, ..."""
+
+    backend = "replay"
+
+    def __init__(self, loader: Loader, *, kept: int = KEPT) -> None:
+        """Repeat the first `kept` batches of `loader`, which this closes."""
+        assert kept > 0
+        self.index, self._loader, self._kept = loader.index, loader, kept
+        self._batches: list[Batch] = []
+        self._shape: tuple[int, ...] = ()
+
+    @classmethod
+    def open(cls, path: Path, options: LoaderOptions) -> Self:
+        if not options.replays:
+            raise ValueError("data.backend: replay repeats batches of another backend; name it, as replay:torch")
+        return cls(open_loader(options.replays, path, replace(options, replays="")))
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        return {**self._loader.fingerprint, "replayed": str(self._kept)}
+
+    def _execute(self, work: Work) -> Generator[Batch, None, None]:
+        shape = (work.batch_size, *(rendering.size for rendering in work.renderings))
+        if shape != self._shape or not self._batches:
+            self._batches, self._shape = self._record(work), shape
+        for number in range(work.batches):
+            rows = work.rows(number)
+            if count := len(work.ids[rows]):
+                yield _first(self._batches[number % len(self._batches)], count)
+
+    def _record(self, work: Work) -> list[Batch]:
+        epoch = self._loader.epoch(work)
+        try:
+            batches = list(islice(epoch, self._kept))
+        finally:
+            epoch.close()
+        whole = [batch for batch in batches if len(batch.ids) == work.batch_size]
+        return whole or batches[:1]
+
+    def close(self) -> None:
+        super().close()
+        self._batches = []
+        self._loader.close()
+
+
+def _first(batch: Batch, count: int) -> Batch:
+    """The first `count` rows of a batch."""
+    return Batch(
+        images=tuple(image[:count] for image in batch.images), labels=batch.labels[:count], ids=batch.ids[:count]
+    )
