@@ -46,7 +46,7 @@ class CrossEntropy(Term):
 
     def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         total = F.cross_entropy(
-            inputs.student.logits.float(),  # [n, classes]
+            losses.wide(inputs.student.logits),  # [n, classes]
             inputs.labels,
             reduction="sum",
             label_smoothing=self.config.label_smoothing,
@@ -89,7 +89,7 @@ class DCD(Term):
     def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         assert inputs.teacher is not None
         config = self.config
-        z_s = losses.normalize(self.student_head(inputs.student.features.float()))  # [n, feat_dim]
+        z_s = losses.normalize(self.student_head(losses.wide(inputs.student.features)))  # [n, feat_dim]
         z_t = losses.normalize(self.teacher_head(inputs.teacher.features))  # [n, feat_dim]
         tau = self.log_tau.exp()
         result = fused.dcd(

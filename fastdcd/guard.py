@@ -36,13 +36,12 @@ class GuardedStep:
         gradients = [each.grad for each in self._parameters if each.grad is not None]
         # the largest magnitude: a sum of squares could overflow where no gradient did
         finite = torch.stack(torch._foreach_norm(gradients, ord=float("inf"))).amax().isfinite()
-        if not self._optimizer.state:  # the first step makes the state: nothing bad may go in
-            for each in gradients:
-                each.copy_(torch.where(finite, each, 0.0))
         live = [*self._parameters, *self._state()]
         before = [each.clone() for each in live]
         self._optimizer.step()
-        for now, good in zip([*live, *self._buffers], [*before, *self._good_buffers], strict=True):
+        made = list(self._state())[len(live) - len(self._parameters) :]  # by the first step
+        live, before = [*live, *made, *self._buffers], [*before, *map(torch.zeros_like, made), *self._good_buffers]
+        for now, good in zip(live, before, strict=True):
             now.copy_(torch.where(finite, now, good))
         torch._foreach_copy_(self._good_buffers, self._buffers)
         self.finite = finite
@@ -51,9 +50,10 @@ class GuardedStep:
         torch.maximum(self._most, self._in_a_row, out=self._most)
 
     def _state(self) -> Iterator[Tensor]:
-        for of_parameter in self._optimizer.state.values():
-            # Adam counts its steps on the host; that count may run ahead
-            yield from (each for each in of_parameter.values() if isinstance(each, Tensor) and each.ndim)
+        for parameter, values in self._optimizer.state.items():
+            tensors = (each for each in values.values() if isinstance(each, Tensor))
+            # Adam's count of steps may be on the host: then it runs ahead of a skipped step
+            yield from (each for each in tensors if each.device == parameter.device)
 
     def take(self) -> dict[str, Tensor]:
         """Counts since the last call: steps skipped, and the most in a row (which may have begun before)."""

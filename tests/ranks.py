@@ -1,0 +1,101 @@
+"""What test_processes.py runs on several processes. Apart from it, so that they import no more than a run does."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastdcd import config, experiment, filling, tiled_dcd
+from fastdcd.config import Loss
+from fastdcd.distill import TERMS, LossInputs
+from fastdcd.models import ModelOutput
+from fastdcd.train import train
+
+Target = Callable[..., None]
+
+
+def as_rank(rank: int, count: int, port: int, target: Target, arguments: tuple[Any, ...]) -> None:
+    named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    if count > 1:
+        os.environ.update({name: str(value) for name, value in named.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    target(*arguments)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Small(nn.Module):
+    """A student of two layers without BatchNorm, with all three terms."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.body, self.classifier = nn.Linear(12, 10), nn.Linear(10, 5)
+        self.terms = nn.ModuleDict({name: term(loss, 10, 9) for name, term in TERMS.items()})
+
+    def forward(self, x: Tensor, teacher: ModelOutput, labels: Tensor, divisor: float) -> Tensor:
+        features = self.body(x).relu()
+        inputs = LossInputs(ModelOutput(features, self.classifier(features)), teacher, labels, divisor)
+        return torch.stack([term(inputs)[0] for term in self.terms.values()]).sum()
+
+
+def gradients_equal(tolerances: dict[torch.dtype, float]) -> None:
+    dist.init_process_group("gloo")
+    tiled_dcd.TILE["cpu"] = 5
+    count = dist.get_world_size()
+    for dtype, tolerance in tolerances.items():
+        for rows in (1, count - 1, count, 17, 40, 41):  # empty shares, even and uneven ones
+            for masked in (False, True):
+                _compare(rows, masked, dtype, tolerance)
+
+
+def _compare(rows: int, masked: bool, dtype: torch.dtype, tolerance: float) -> None:
+    """Gradients over DDP's processes against the same batch on one."""
+    rank, count = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(rows)
+    torch.set_default_dtype(dtype)
+    module = Small(Loss(kd=1.0, dcd=1.0, feat_dim=6, negatives="global", mask_same_class=masked))
+    x, features, logits = torch.randn(rows, 12), torch.randn(rows, 9), torch.randn(rows, 5)
+    torch.set_default_dtype(torch.float32)
+    labels = torch.randint(0, 5, (rows,))
+    own = slice(rows * rank // count, rows * (rank + 1) // count)
+    found = DistributedDataParallel(module)
+    found(x[own], ModelOutput(features[own], logits[own]), labels[own], rows / count).backward()
+    gradients = [each.grad.clone() for each in module.parameters()]
+    module.zero_grad()
+    for term in module.terms.values():
+        term.config = replace(term.config, negatives="local")
+    module(x, ModelOutput(features, logits), labels, float(rows)).backward()
+    largest = max(float(each.grad.abs().max()) for each in module.parameters())
+    for (name, each), ours in zip(module.named_parameters(), gradients, strict=True):
+        off = float((ours - each.grad).abs().max()) / largest
+        assert off <= tolerance, (rows, masked, dtype, name, off)
+    assert module.terms["dcd"].b.grad == 0
+
+
+def run_training(file: Path, overrides: list[str]) -> None:
+    """Train, and leave each process's state beside the run."""
+    cfg, write = config.load(file, overrides), experiment.write_results
+
+    def keep_state(cfg: Any, accelerator: Any, module: nn.Module, *rest: Any) -> Any:
+        torch.save(module.state_dict(), cfg.run.dir / f"rank-{accelerator.process_index}.pt")
+        return write(cfg, accelerator, module, *rest)
+
+    experiment.write_results = keep_state  # type: ignore[assignment]
+    train(cfg)
+
+
+def with_bad_rank(bad: str, file: Path) -> None:
+    os.environ["BAD_RANK"] = bad
+    run_training(file, [])
+
+
+def run_fill(file: Path) -> None:
+    filling.FLUSH_SECONDS = 0.0
+    with (parts := filling.open_parts(config.load(file))).loader:
+        filling.fill(parts)
