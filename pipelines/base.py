@@ -69,6 +69,8 @@ class LoaderOptions:
             shown black under its own label and id, a warning names it once, and Loader.undecodable keeps it.
             The batch keeps its rows, so that ranks stay in step and cached teacher rows stay aligned.
         replays: the backend whose batches `replay` repeats; set from its name, as in replay:torch.
+        hw_decoder_load: share of JPEGs for the GPU's JPEG engine, which decodes whole images, 0 to 1; the others
+            are decoded by CUDA kernels. 0: only the part around the box is decoded, by kernels. DALI on a GPU only.
     """
 
     workers: int = 2
@@ -77,6 +79,7 @@ class LoaderOptions:
     index_cache: Path | None = None
     on_decode_error: Literal["raise", "skip_and_report"] = "raise"
     replays: str = ""
+    hw_decoder_load: float = 0.65
 
 
 class Loader(ABC):
@@ -163,6 +166,7 @@ BACKENDS: dict[str, str] = {
     "torch": "pipelines.torch_loader:TorchLoader",
     "resident": "pipelines.resident_loader:ResidentLoader",
     "ffcv": "pipelines.ffcv_loader:FFCVLoader",
+    "dali": "pipelines.dali_loader:DALILoader",
 }
 
 # Loaders that show other pixels than the plan's: what the rest of a run reaches when reading is free.

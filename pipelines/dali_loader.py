@@ -1,0 +1,446 @@
+"""The DALI executor: one pipeline for CPU and GPU, driven by the plan.
+
+Reads the shards of `tools/convert.py shards`, or an ImageFolder as it is. DALI decodes around each box
+(more than the box: at the edge of a partial decode, chroma has no neighbour to be interpolated with), crops
+exactly, resizes and mirrors. On a GPU, `decode` is a mixture of the JPEG engine and CUDA kernels.
+
+What the JPEG decoders of CPU and GPU could see differently (CMYK, grayscale, PNG named .JPEG ...) is
+decoded here the way the torch executor does it and handed to DALI as plain pixels: all backends agree on
+odd files. DALI's fused random-crop decoder is not used: the plan says where the box is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
+from pipelines.encode import Pixels, read_pixels
+from pipelines.index import DatasetIndex, index_image_folder
+from pipelines.plan import Work
+from pipelines.shards import INDEX, ShardReader
+
+Encoded = NDArray[np.uint8]  # [length] an encoded file
+
+AHEAD = 2  # batches in the pipeline besides the one in use
+MARGIN = 16  # pixels decoded around a box: the widest chroma interpolation and JPEG block
+
+
+def _import_dali() -> ModuleType:
+    try:
+        import nvidia.dali
+        import nvidia.dali.fn
+        import nvidia.dali.types
+    except ImportError as error:
+        raise ValueError(f"DALI is not installed ({error}): pip install 'fastdcd[dali]'") from error
+    module: ModuleType = nvidia.dali
+    return module
+
+
+class _Store(Protocol):
+    """Where encoded files come from."""
+
+    def read(self, sample_id: int) -> Encoded:
+        """The encoded file of a sample. Raises OSError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _Shards:
+    def __init__(self, reader: ShardReader) -> None:
+        self._reader = reader
+
+    def read(self, sample_id: int) -> Encoded:
+        return self._reader(np.array([sample_id]))[0]
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+class _Folder:
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self._root, self._names = root, names
+
+    def read(self, sample_id: int) -> Encoded:
+        return np.fromfile(self._root / self._names[sample_id], np.uint8)
+
+    def close(self) -> None: ...
+
+
+class DALILoader(Loader):
+    """Executes plans over shards or an ImageFolder with a DALI pipeline."""
+
+    backend = "dali"
+
+    def __init__(self, index: DatasetIndex, store: _Store, options: LoaderOptions) -> None:
+        self.index, self._store, self._options = index, store, options
+        self._dali = _import_dali()
+        self._labels = torch.from_numpy(index.labels)
+        self._threads = ThreadPoolExecutor(max(options.workers, 1), "dali-read")
+        self._pipeline: _Pipeline | None = None
+        # Samples that DALI must not see: pixels from here instead (None), or black because of an error.
+        self._replaced: dict[int, DecodeError | None] = {}
+
+    @classmethod
+    def open(cls, path: Path, options: LoaderOptions) -> Self:
+        _import_dali()
+        if (path / INDEX / "index.json").is_file():
+            reader = ShardReader(path)
+            if options.classes and options.classes != reader.index.classes:
+                raise ValueError(f"{path}: its classes differ from the list given; convert again with --classes")
+            return cls(reader.index, _Shards(reader), options)
+        if any(path.glob("shard-*.tar")):
+            raise ValueError(f"{path}: shards without an index; finish: python tools/convert.py shards SRC {path}")
+        index = index_image_folder(path, classes=options.classes, cache=options.index_cache)
+        return cls(index, _Folder(path, index.names), options)
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        gpu = self._options.device.type == "cuda"
+        # which decoder a JPEG goes to on the GPU depends on the share of the engine
+        decode = f"gpu, {self._options.hw_decoder_load:g} by the engine" if gpu else "cpu"
+        return {"backend": "dali", "decode": decode, "resize": "triangular, antialiased, float32"}
+
+    def _execute(self, work: Work) -> Generator[Batch, None, None]:
+        numbers = [number for number in range(work.batches) if len(work.ids[work.rows(number)])]
+        at = 0
+        while at < len(numbers):  # again from where an undecodable image has ended the pipeline
+            for batch in self._run(work, numbers[at:]):
+                at += 1
+                yield batch
+
+    def _run(self, work: Work, numbers: list[int]) -> Generator[Batch, None, None]:
+        """Yield batches `numbers` until they end or DALI meets an image that it cannot decode."""
+        pipeline = self._pipeline_for(work)
+        reading: deque[_Pending] = deque()
+        left = iter(numbers)
+
+        def read_ahead() -> Iterator[_Inputs]:
+            while True:
+                while len(reading) <= AHEAD and (number := next(left, None)) is not None:
+                    reading.append(self._read(work, number))
+                if not reading:
+                    return
+                yield reading.popleft().result()
+
+        pipeline.begin(read_ahead())
+        try:
+            for _ in numbers:
+                try:
+                    images = pipeline.take()
+                except RuntimeError as error:
+                    self._find_undecodable(pipeline.inside, error)
+                    return
+                inputs = pipeline.inside.popleft()
+                for bad in inputs.errors:
+                    self._handle(bad, self._options)
+                ids = torch.from_numpy(inputs.ids)
+                yield Batch(images=images, labels=self._labels[ids], ids=ids)
+        finally:
+            for pending in reading:
+                pending.cancel()
+            if not pipeline.empty():  # an error has ended it
+                self._drop_pipeline()
+
+    def _pipeline_for(self, work: Work) -> _Pipeline:
+        shape = _Shape(
+            batch_size=work.batch_size,
+            sizes=tuple(rendering.size for rendering in work.renderings),
+            workers=max(self._options.workers, 1),
+            device=self._options.device,
+            hw_decoder_load=self._options.hw_decoder_load,
+        )
+        if self._pipeline is not None and self._pipeline.shape != shape:
+            self._drop_pipeline()
+        if self._pipeline is None:
+            self._pipeline = _Pipeline(self._dali, shape)
+        return self._pipeline
+
+    def _drop_pipeline(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.close()
+            self._pipeline = None
+
+    def _read(self, work: Work, number: int) -> _Pending:
+        rows = work.rows(number)
+        ids = work.ids[rows]
+        files = [
+            self._threads.submit(self._fetch, part) for part in np.array_split(ids, self._options.workers or 1)
+        ]
+        boxes = np.stack([rendering.boxes[rows] for rendering in work.renderings])  # [R, n, 4]
+        flips = np.stack([rendering.flips[rows] for rendering in work.renderings]).astype(np.int32)  # [R, n]
+        return _Pending(ids, files, _place(boxes, self.index.sizes[ids]), flips)
+
+    def _fetch(self, ids: NDArray[np.int64]) -> tuple[list[Encoded], list[DecodeError]]:
+        """Files for DALI, and what is wrong with the samples shown black."""
+        files, errors = [], []
+        for sample_id in ids.tolist():
+            error = self._replaced.get(sample_id)
+            try:
+                data = self._store.read(sample_id)
+                if error is None and (sample_id in self._replaced or not is_plain_jpeg(data)):
+                    data = _as_ppm(self._decode(sample_id, data))
+            except DecodeError as found:
+                error = found
+            except OSError as found:
+                error = DecodeError(sample_id, self.index.names[sample_id], str(found))
+            if error is not None:
+                errors.append(error)
+                height, width = self.index.sizes[sample_id].tolist()
+                data = _as_ppm(np.zeros((height, width, 3), np.uint8))
+            files.append(data)
+        return files, errors
+
+    def _decode(self, sample_id: int, data: Encoded) -> Pixels:
+        """As the torch executor does. Raises DecodeError."""
+        name, stored = self.index.names[sample_id], tuple(self.index.sizes[sample_id].tolist())
+        try:
+            pixels = read_pixels(data.tobytes())
+        except ValueError as error:
+            raise DecodeError(sample_id, name, str(error)) from None
+        if pixels.shape[:2] != stored:
+            found = f"it is {pixels.shape[0]}x{pixels.shape[1]} pixels now and was {stored[0]}x{stored[1]}"
+            raise DecodeError(sample_id, name, f"{found} when the index was made")
+        return pixels
+
+    def _find_undecodable(self, outstanding: Sequence[_Inputs], error: RuntimeError) -> None:
+        """DALI does not say which image it was: look at all that were in the pipeline.
+
+        If torchvision decodes them all, DALI cannot decode one that others can: it gets pixels from here on.
+        """
+        found = False
+        suspects = [sample_id for inputs in outstanding for sample_id in inputs.ids.tolist()]
+        for sample_id in suspects:
+            if sample_id not in self._replaced:
+                try:
+                    self._decode(sample_id, self._store.read(sample_id))
+                except DecodeError as bad:
+                    self._replaced[sample_id] = bad
+                    found = True
+        if not found:
+            if all(sample_id in self._replaced for sample_id in suspects):
+                raise error  # not about images
+            self._replaced |= {sample_id: None for sample_id in suspects if sample_id not in self._replaced}
+
+    def close(self) -> None:
+        super().close()
+        self._drop_pipeline()
+        self._threads.shutdown(cancel_futures=True)
+        self._store.close()
+        if self._options.device.type == "cuda":
+            self._dali.backend.ReleaseUnusedMemory()  # DALI's pools, which other loaders would not get
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """A batch on its way through the pipeline. Keeps alive what DALI reads without copying."""
+
+    ids: NDArray[np.int64]
+    files: list[Encoded]
+    errors: list[DecodeError]
+    places: _Places
+    flips: NDArray[np.int32]  # [R, n]
+
+    def arrays(self) -> list[Any]:
+        """In the order of the pipeline's inputs."""
+        boxes = zip(self.places.box_start, self.places.box_shape, self.flips, strict=True)
+        return [self.files, self.places.start, self.places.shape, *(array for box in boxes for array in box)]
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Boxes as DALI wants them.
+
+    Attributes:
+        start, shape: int32 [n, 2], the part of each image to decode.
+        box_start, box_shape: int32 [R, n, 2], the boxes within that part; they may reach outside.
+    """
+
+    start: NDArray[np.int32]
+    shape: NDArray[np.int32]
+    box_start: NDArray[np.int32]
+    box_shape: NDArray[np.int32]
+
+
+def _place(boxes: NDArray[np.int32], sizes: NDArray[np.int32]) -> _Places:
+    """The part to decode that holds all boxes [R, n, 4] of each image, with a margin."""
+    top_left, shape = boxes[:, :, :2], boxes[:, :, 2:]
+    start = (top_left.min(0) - MARGIN).clip(0, sizes - 1)
+    end = ((top_left + shape).max(0) + MARGIN).clip(start + 1, sizes)
+    return _Places(
+        start=start, shape=end - start, box_start=top_left - start, box_shape=np.ascontiguousarray(shape)
+    )
+
+
+class _Pending:
+    """Inputs whose files are being read."""
+
+    def __init__(
+        self, ids: NDArray[np.int64], files: list[Any], places: _Places, flips: NDArray[np.int32]
+    ) -> None:
+        self._ids, self._files, self._places, self._flips = ids, files, places, flips
+
+    def result(self) -> _Inputs:
+        parts = [future.result() for future in self._files]
+        files = [file for part, _ in parts for file in part]
+        errors = [error for _, part in parts for error in part]
+        return _Inputs(self._ids, files, errors, self._places, self._flips)
+
+    def cancel(self) -> None:
+        for future in self._files:
+            future.cancel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """What a pipeline is built for; another needs another pipeline."""
+
+    batch_size: int
+    sizes: tuple[int, ...]
+    workers: int
+    device: torch.device
+    hw_decoder_load: float
+
+
+class _Pipeline:
+    """A DALI pipeline: batches in, batches out, in order."""
+
+    def __init__(self, dali: ModuleType, shape: _Shape) -> None:
+        self.shape = shape
+        self.inside: deque[_Inputs] = deque()  # asked for by DALI and not yet taken
+        self._batches: Iterator[_Inputs] = iter(())
+        self._gpu = shape.device.type == "cuda"
+        self._dali = dali
+        device_id = (shape.device.index or 0) if self._gpu else None
+        self._pipe = dali.Pipeline(
+            batch_size=shape.batch_size,
+            num_threads=shape.workers,
+            device_id=device_id,
+            prefetch_queue_depth=AHEAD,
+            exec_dynamic=True,
+        )
+        with self._pipe:
+            self._pipe.set_outputs(*self._graph())
+        self._pipe.build()
+        self._stream = torch.cuda.Stream(shape.device) if self._gpu else None
+
+    def _graph(self) -> Iterator[Any]:
+        fn, types = self._dali.fn, self._dali.types
+
+        renderings = len(self.shape.sizes)
+        files, start, shape, *boxes = fn.external_source(
+            source=self._next,
+            num_outputs=3 + 3 * renderings,
+            batch=True,
+            no_copy=True,
+            dtype=[types.UINT8] + [types.INT32] * (2 + 3 * renderings),
+        )
+        # jpeg_fancy_upsampling: chroma as the CPU decoders interpolate it
+        decode = {"output_type": types.RGB, "adjust_orientation": False}
+        if self._gpu:
+            decode |= {"device": "mixed", "jpeg_fancy_upsampling": True}
+        if self._gpu and self.shape.hw_decoder_load:  # the engine decodes whole images
+            image = fn.decoders.image(files, hw_decoder_load=self.shape.hw_decoder_load, **decode)
+            image = fn.slice(image, start=start, shape=shape, axis_names="HW")
+        else:
+            image = fn.decoders.image_slice(files, start=start, shape=shape, axis_names="HW", **decode)
+        for number, size in enumerate(self.shape.sizes):
+            box_start, box_shape, flip = boxes[3 * number : 3 * number + 3]
+            box = fn.slice(
+                image, start=box_start, shape=box_shape, axis_names="HW", out_of_bounds_policy="pad", fill_values=0
+            )
+            picture = fn.resize(box, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
+            yield fn.flip(picture, horizontal=flip)
+
+    def begin(self, batches: Iterator[_Inputs]) -> None:
+        """Start an epoch."""
+        self._batches = batches
+        self._pipe.reset()
+
+    def _next(self) -> list[Any]:
+        """The next batch, for DALI, which asks ahead."""
+        inputs = next(self._batches)  # its StopIteration ends DALI's epoch too
+        self.inside.append(inputs)
+        return inputs.arrays()
+
+    def take(self) -> tuple[Tensor, ...]:
+        """The oldest batch, [n, 3, size, size] a rendering, in memory of its own. Raises RuntimeError."""
+        outputs = self._pipe.run()
+        if self._stream is None:
+            copies = [torch.from_numpy(np.array(output.as_tensor())) for output in outputs]
+        else:
+            from nvidia.dali.plugin.pytorch import feed_ndarray
+
+            with torch.cuda.stream(self._stream):
+                copies = []
+                for output in outputs:
+                    tensor = output.as_tensor()
+                    copies.append(torch.empty(tensor.shape(), dtype=torch.uint8, device=self.shape.device))
+                    feed_ndarray(tensor, copies[-1], cuda_stream=self._stream)
+            self._stream.synchronize()  # so that whoever uses them need not know the stream
+        return tuple(copy.permute(0, 3, 1, 2) for copy in copies)
+
+    def empty(self) -> bool:
+        """Finish what is inside, for an epoch that is left early; whether the pipeline can be used again."""
+        self._batches = iter(())
+        try:
+            while True:  # DALI must see the end of its epoch before it begins another
+                self._pipe.run()
+                self.inside.popleft()
+        except StopIteration:
+            return not self.inside
+        except RuntimeError:
+            return False
+
+    def close(self) -> None:
+        """Release threads and memory."""
+        self._pipe._shutdown()
+        del self._pipe
+
+
+def _as_ppm(pixels: Pixels) -> Encoded:
+    """Pixels as a file that every decoder reads without loss: portable pixmap."""
+    height, width = pixels.shape[:2]
+    header = np.frombuffer(f"P6 {width} {height} 255\n".encode(), np.uint8)
+    return np.concatenate([header, pixels.reshape(-1)])
+
+
+_SOI, _SOS, _ADOBE = 0xD8, 0xDA, 0xEE  # JPEG markers
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_YCBCR = 1  # Adobe's colour transform of ordinary colour JPEGs
+
+
+def is_plain_jpeg(data: Encoded) -> bool:
+    """A colour JPEG with the ordinary colour transform: every decoder shows it the same way.
+
+    Walks the headers (ITU T.81, annex B), some microseconds.
+    """
+    head = data[:2].tobytes()
+    if head != b"\xff\xd8":
+        return False
+    at, length = 2, len(data)
+    while at + 10 < length:
+        marker = int(data[at + 1])
+        if data[at] != 0xFF or marker == _SOS:
+            return False
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        if marker in _FRAMES:
+            return int(data[at + 9]) == 3 and int(data[at + 4]) == 8
+        adobe = marker == _ADOBE and data[at + 4 : at + 9].tobytes() == b"Adobe"
+        if adobe and int(data[min(at + 15, length - 1)]) != _YCBCR:
+            return False
+        at += 2 + (int(data[at + 2]) << 8) + int(data[at + 3])
+    return False
