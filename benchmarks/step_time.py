@@ -94,7 +94,8 @@ def measure(file: Path, overrides: list[str], steps: int, scratch: Path) -> dict
     with experiment.open_set(base.data, base.data.train, accelerator.device, "data.train") as loader:
         classes = len(loader.index.classes)
     checkpoint = scratch / "teacher.safetensors"
-    weights.save(checkpoint, models.build(base.teacher.model or "", classes=classes).original_state_dict())
+    ((teacher, _),) = base.teacher.members
+    weights.save(checkpoint, models.build(teacher, classes=classes).original_state_dict())
     common = [
         *overrides,
         f"teacher.checkpoint={checkpoint}",

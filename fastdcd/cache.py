@@ -34,6 +34,7 @@ from pipelines.files import replace_file, write_json
 
 FORMAT = "fastdcd-cache-1"
 BLOCK_ROWS = 1024
+_LOAD_ROWS = 1 << 14  # rows that `load` holds in host memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +219,15 @@ class TeacherCache:
             self._features[view] = self._map(view, "r")
         return torch.from_numpy(self._features[view][ids.numpy()])
 
+    def load(self, view: int, device: torch.device) -> Tensor:
+        """All rows uint8 [rows, row_bytes] of a complete view on `device`. Raises ValueError as `read` does."""
+        out = torch.empty(self.manifest.rows, self.manifest.row_bytes, dtype=torch.uint8, device=device)
+        for start in range(0, len(out), _LOAD_ROWS):
+            out[start : start + _LOAD_ROWS] = self.read(
+                view, torch.arange(start, min(start + _LOAD_ROWS, len(out)))
+            )
+        return out
+
     def verify(self, view: int) -> list[range]:
         """Ranges of rows whose checksum is wrong: empty if all of a complete view is as written."""
         stored = np.load(self._path(view, "crc32"), allow_pickle=False)
@@ -265,11 +275,15 @@ class TeacherCache:
 
     def write(self, view: int, ids: Tensor, features: Tensor) -> None:
         """Store features float32 [n, d] of samples `ids` int64 [n] of a started view; see `flush`."""
+        self.write_rows(view, ids, self.manifest.codec.encode(features.float()).cpu())
+
+    def write_rows(self, view: int, ids: Tensor, encoded: Tensor) -> None:
+        """The same with rows that are encoded already: uint8 [n, row_bytes] on the host."""
         if view not in self._done:
             self._features[view] = self._map(view, "r+")
             self._done[view] = np.load(self._path(view, "done"), mmap_mode="r+", allow_pickle=False)
         rows = ids.cpu().numpy()
-        self._features[view][rows] = self.manifest.codec.encode(features.float().cpu()).numpy()
+        self._features[view][rows] = encoded.numpy()
         self._unmarked.append((view, rows))
 
     def flush(self) -> None:

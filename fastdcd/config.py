@@ -93,6 +93,10 @@ class Student:
     std: tuple[float, float, float] | None = None
 
 
+def _several(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
     """The frozen network that teaches."""
@@ -101,9 +105,10 @@ class Teacher:
     mode: Literal["none", "online", "fill", "cached"] = "none"
     """none: train without one. online: a forward pass every step. cached: features from cache.path, filled by
     tools/cache_teacher.py. fill: online for the first views.count epochs, writing the cache; then cached."""
-    model: str | None = None
-    checkpoint: Path | None = None
-    """.safetensors or .pth of the teacher."""
+    model: str | tuple[str, ...] | None = None
+    """As student.model. Several teach together: their features side by side, the mean of their logits."""
+    checkpoint: Path | tuple[Path, ...] | None = None
+    """.safetensors or .pth of the teacher; one for each of several."""
     checkpoint_by_order: bool = False
     """Match the checkpoint's tensors by order and shape instead of by name."""
     image_size: Positive | None = None
@@ -115,6 +120,19 @@ class Teacher:
     evaluate: bool = True
     """Measure and print the teacher's accuracy before training."""
 
+    def __post_init__(self) -> None:
+        models, checkpoints = _several(self.model), _several(self.checkpoint)
+        if checkpoints and len(checkpoints) != len(models):
+            raise ValueError(
+                f"checkpoint: got {len(checkpoints)} for {len(models)} models; give one for each model"
+            )
+
+    @property
+    def members(self) -> tuple[tuple[str, Path | None], ...]:
+        """Model and checkpoint of every teacher."""
+        models, checkpoints = _several(self.model), _several(self.checkpoint)
+        return tuple(zip(models, checkpoints or (None,) * len(models), strict=True))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
@@ -125,6 +143,11 @@ class Cache:
     """Its folder; required by teacher.mode fill and cached."""
     dtype: Literal["fp16", "bf16", "fp32", "uint8"] = "fp16"
     """How features are stored. uint8 keeps an offset and a step for each row."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where rows are looked up: host memory (mapped from disk), or a whole view at a time on the GPU. auto: on the
+    GPU if a view takes at most a quarter of its free memory."""
+    views_a_pass: Positive = 4
+    """Views that tools/cache_teacher.py fills at once: each image is decoded once for all of them."""
     check_rows: Count = 16
     """Rows recomputed with the live teacher when a cache is opened."""
     allow_backend: tuple[str, ...] = ()

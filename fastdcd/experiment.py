@@ -123,7 +123,7 @@ def build_student(
     if section.checkpoint is not None:
         weights.load_into(student, section.checkpoint, what="student")
     normalize = models.normalize_for(section.model, section.mean, section.std)
-    teacher_dim = teacher.network.feature_dim if teacher else 0
+    teacher_dim = teacher.feature_dim if teacher else 0
     module: nn.Module = DistillModule(student, normalize, config.loss, teacher_dim=teacher_dim)
     if section.sync_bn and accelerator.num_processes > 1:
         if accelerator.device.type == "cpu":

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from fastdcd import experiment
@@ -71,55 +72,85 @@ def fill(parts: Parts, *, repair: bool = False) -> None:
     assert config.cache.path is not None
     lock = None
     if accelerator.is_main_process:
-        cache = TeacherCache.create(config.cache.path, manifest, parts.teacher.network.classifier)
+        cache = TeacherCache.create(config.cache.path, manifest, parts.teacher.classifier)
         lock = cache.lock_for_filling()
     accelerator.wait_for_everyone()
     cache = TeacherCache.open(config.cache.path)
-    for view in range(manifest.views):
-        if accelerator.is_main_process:
+    if accelerator.is_main_process:
+        for view in range(manifest.views):
             if repair and cache.complete(view) and (damaged := cache.verify(view)):
                 rows = sum(map(len, damaged))
                 accelerator.print(f"view {view}: {rows} rows in {len(damaged)} damaged blocks are written again")
                 cache.reopen(view, damaged)
-            cache.start(view)
-        accelerator.wait_for_everyone()
-        if not cache.complete(view):
-            _fill_view(parts, cache, view)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not cache.complete(view):
-            cache.finish(view)
-        accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
+    missing = [view for view in range(manifest.views) if not cache.complete(view)]
+    bar = tqdm(
+        desc=f"{manifest.views - len(missing)} of {manifest.views} views were complete",
+        total=len(missing) * manifest.rows,
+        unit="rows",
+        disable=None if accelerator.is_main_process else True,
+    )
+    for first in range(0, len(missing), config.cache.views_a_pass):
+        _fill_views(parts, cache, missing[first : first + config.cache.views_a_pass], bar)
+    bar.close()
     if lock:
         lock.close()
 
 
-def _fill_view(parts: Parts, cache: TeacherCache, view: int) -> None:
+def _fill_views(parts: Parts, cache: TeacherCache, views: Sequence[int], bar: tqdm[NoReturn]) -> None:
+    """Fill some views in one pass over the images: each is decoded once and rendered once a view."""
     accelerator, teacher, rows = parts.accelerator, parts.teacher, cache.manifest.rows
-    ids = _mine(cache.done(view), teacher.rows, accelerator)
-    boxes, flips = parts.family.boxes(parts.config.views.seed, ids, view, parts.loader.index.sizes[ids])
+    if accelerator.is_main_process:
+        for view in views:
+            cache.start(view)
+    accelerator.wait_for_everyone()
+    ids = _mine(np.logical_and.reduce([cache.done(view) for view in views]), teacher.rows, accelerator)
+    seed, sizes = parts.config.views.seed, parts.loader.index.sizes[ids]
+    tables = [parts.family.boxes(seed, ids, view, sizes) for view in views]
     work = Work(
         ids=ids,
-        renderings=(Rendering(boxes=boxes, flips=flips, size=teacher.size),),
+        renderings=tuple(Rendering(boxes=boxes, flips=flips, size=teacher.size) for boxes, flips in tables),
         batch_size=teacher.rows,
         batches=-(-len(ids) // teacher.rows),
     )
-    bar = tqdm(
-        desc=f"view {view + 1}/{cache.manifest.views}",
-        total=rows,
-        initial=rows - len(ids) * accelerator.num_processes,
-        unit="rows",
-        disable=None if accelerator.is_main_process else True,
-    )
+    bar.update(len(views) * (rows - len(ids) * accelerator.num_processes))
     flushed = time.monotonic()
+    on_their_way: _RowsOnTheirWay | None = None
     for batch, _ in prefetch(parts.loader.epoch(work), lambda ids: None, accelerator.device):
-        cache.write(view, batch.ids, teacher.features(batch.images[0]))
-        bar.update(len(batch.ids) * accelerator.num_processes)
+        for view, images in zip(views, batch.images, strict=True):
+            rows_of_view = cache.manifest.codec.encode(teacher.features(images))
+            if on_their_way:
+                on_their_way.store(cache)  # of the pass before: a GPU is at work on this one
+            on_their_way = _RowsOnTheirWay(view, batch.ids, rows_of_view)
+        bar.update(len(views) * len(batch.ids) * accelerator.num_processes)
         if time.monotonic() - flushed > FLUSH_SECONDS:
             cache.flush()
             flushed = time.monotonic()
+    if on_their_way:
+        on_their_way.store(cache)
     cache.flush()
-    cache.release(view)
-    bar.close()
+    for view in views:
+        cache.release(view)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for view in views:
+            cache.finish(view)
+    accelerator.wait_for_everyone()
+
+
+class _RowsOnTheirWay:
+    """Encoded rows that travel from the device to the host while the teacher goes on."""
+
+    def __init__(self, view: int, ids: Tensor, rows: Tensor) -> None:
+        self.view, self.ids, self.rows, self.copied = view, ids, rows, None
+        if rows.is_cuda:
+            self.rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+            self.copied = torch.cuda.current_stream(rows.device).record_event()
+
+    def store(self, cache: TeacherCache) -> None:
+        if self.copied is not None:
+            self.copied.synchronize()
+        cache.write_rows(self.view, self.ids, self.rows)
 
 
 def _mine(done: NDArray[np.bool_], chunk: int, accelerator: Accelerator) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ from fastdcd import config, models, weights
 from fastdcd.config import Probe, ProbeStudent
 from fastdcd.evaluate import Accuracy
 from fastdcd.optim import build_optimizer, learning_rate, set_learning_rate
-from fastdcd.teacher import Teacher
+from fastdcd.teacher import Member, Teacher
 from pipelines.base import Loader
 from pipelines.plan import EpochPlan, order
 from pipelines.prefetch import prefetch
@@ -76,7 +76,7 @@ def load_frozen(section: ProbeStudent, checkpoint: Path, device: torch.device) -
     network = models.build(section.model, classes=classes)
     weights.load_into(network, checkpoint)
     normalize = models.normalize_for(section.model, section.mean, section.std)
-    frozen = Teacher(network, normalize, size=section.image_size, rows=ROWS, precision="fp32")
+    frozen = Teacher([Member(network, normalize)], size=section.image_size, rows=ROWS, precision="fp32")
     frozen.to(memory_format=torch.channels_last)
     return frozen.to(device)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -11,20 +13,39 @@ from fastdcd.config import Config
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Member(nn.Module):
+    """A network and the normalisation it expects: images uint8 [n, 3, H, W] -> pooled features [n, d]."""
+
+    def __init__(self, network: models.FeatureModel, normalize: models.Normalize) -> None:
+        super().__init__()
+        self.network, self.normalize = network, normalize
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.features(self.normalize(images))
+
+
 class Teacher(nn.Module):
-    """A network that is only looked at: no gradients, no dropout, BatchNorm statistics that stay.
+    """One or several networks that are only looked at: no gradients, no dropout, BatchNorm statistics that stay.
+
+    Several teach together: features side by side, and the mean of their logits, which is a linear layer of
+    those features like any single teacher's.
 
     Attributes:
+        name: of all members, for messages.
+        members: the networks.
+        classifier: pooled features [n, feature_dim] -> logits [n, classes].
+        feature_dim: of all members together.
         rows: images of one forward pass. A shorter batch is filled up with black images, so that every
             pass has one shape: a row's features then do not depend on the batch around it, bit for bit.
         size: height and width of the images it expects, pixels.
     """
 
-    def __init__(
-        self, network: models.FeatureModel, normalize: models.Normalize, *, size: int, rows: int, precision: str
-    ):
+    def __init__(self, members: Sequence[Member], *, size: int, rows: int, precision: str, name: str = "teacher"):
         super().__init__()
-        self.network, self.normalize = network, normalize
+        self.name = name
+        self.members: Sequence[Member] = nn.ModuleList(members)  # type: ignore[assignment]
+        self.classifier = _joint_classifier([member.network.classifier for member in members])
+        self.feature_dim = self.classifier.in_features
         self.size, self.rows, self.precision = size, rows, precision
         self.eval().requires_grad_(False)
 
@@ -32,7 +53,7 @@ class Teacher(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Pooled features float32 [n, d] of images uint8 [n, 3, size, size], before the classifier."""
         parts = [self._forward(part) for part in images.split(self.rows)]
-        return torch.cat(parts) if parts else images.new_empty(0, self.network.feature_dim, dtype=torch.float32)
+        return torch.cat(parts) if parts else images.new_empty(0, self.feature_dim, dtype=torch.float32)
 
     def _forward(self, images: Tensor) -> Tensor:
         missing = self.rows - len(images)
@@ -41,17 +62,31 @@ class Teacher(nn.Module):
             images = torch.cat([images, filling]).contiguous(memory_format=torch.channels_last)
         dtype = _AUTOCAST[self.precision]
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
-            features = self.network.features(self.normalize(images))
-        return features[: self.rows - missing].float()
+            features = [member(images)[: self.rows - missing].float() for member in self.members]
+        return features[0] if len(features) == 1 else torch.cat(features, 1)
 
     @torch.no_grad()
     def logits(self, features: Tensor) -> Tensor:
         """Logits float32 [n, classes] of pooled features [n, d], by the teacher's own final layer."""
         with torch.autocast(features.device.type, enabled=False):
-            return self.network.classifier(features.float())
+            return self.classifier(features.float())
 
     def forward(self, images: Tensor) -> Tensor:
         return self.logits(self.features(images))
+
+
+def _joint_classifier(layers: Sequence[nn.Linear]) -> nn.Linear:
+    """The linear layer that takes features side by side to the mean of the layers' logits."""
+    if len(layers) == 1:
+        return layers[0]
+    joint = nn.Linear(sum(layer.in_features for layer in layers), layers[0].out_features)
+    with torch.no_grad():
+        joint.weight.copy_(torch.cat([layer.weight for layer in layers], 1) / len(layers))
+        biases: list[Tensor] = [
+            layer.bias if layer.bias is not None else torch.zeros_like(joint.bias) for layer in layers
+        ]
+        joint.bias.copy_(torch.stack(biases).mean(0))
+    return joint
 
 
 def load_teacher(config: Config, *, classes: int, rows: int, device: torch.device) -> Teacher:
@@ -67,29 +102,29 @@ def load_teacher(config: Config, *, classes: int, rows: int, device: torch.devic
     """
     section = config.teacher
     assert section.model is not None
-    if section.checkpoint is None:
-        raise ValueError("teacher.checkpoint is missing: an untrained teacher teaches nothing")
-    network = models.build(section.model, classes=classes)
-    weights.load_into(network, section.checkpoint, what="teacher", by_order=section.checkpoint_by_order)
-    teacher = Teacher(
-        network,
-        models.normalize_for(section.model, section.mean, section.std),
-        size=config.teacher_size,
-        rows=rows,
-        precision=section.precision,
-    )
+    members = []
+    for model, checkpoint in section.members:
+        if checkpoint is None:
+            raise ValueError("teacher.checkpoint is missing: an untrained teacher teaches nothing")
+        network = models.build(model, classes=classes)
+        weights.load_into(network, checkpoint, what="teacher", by_order=section.checkpoint_by_order)
+        members.append(Member(network, models.normalize_for(model, section.mean, section.std)))
+    name = " + ".join(model for model, _ in section.members)
+    teacher = Teacher(members, size=config.teacher_size, rows=rows, precision=section.precision, name=name)
     teacher.to(memory_format=torch.channels_last)
     return teacher.to(device)
 
 
-def fingerprint(teacher: Teacher, model: str) -> dict[str, str]:
-    """What of a teacher decides its features, for a cache: weights and preprocessing."""
-    mean, std = teacher.normalize.mean, teacher.normalize.std
+def fingerprint(teacher: Teacher) -> dict[str, str]:
+    """What of a teacher decides its features, for a cache: weights and preprocessing of every member."""
+    normalizations = [member.normalize for member in teacher.members]
     return {
-        "teacher.model": model,
-        "teacher.weights": weights.digest(teacher.network.original_state_dict()),
+        "teacher.model": teacher.name,
+        "teacher.weights": " + ".join(
+            weights.digest(member.network.original_state_dict()) for member in teacher.members
+        ),
         "teacher.image_size": str(teacher.size),
-        "teacher.mean": str([round(value, 6) for value in mean]),
-        "teacher.std": str([round(value, 6) for value in std]),
+        "teacher.mean": " + ".join(str([round(value, 6) for value in each.mean]) for each in normalizations),
+        "teacher.std": " + ".join(str([round(value, 6) for value in each.std]) for each in normalizations),
         "teacher.precision": teacher.precision,
     }

@@ -94,23 +94,41 @@ class OnlineTeacher(NoTeacher):
 class CachedTeacher(NoTeacher):
     """Features from the cache, logits recomputed from them by the teacher's own final layer."""
 
-    def __init__(self, cache: TeacherCache, view_count: int, device: torch.device) -> None:
-        self.cache, self.view_count = cache, view_count
+    def __init__(self, cache: TeacherCache, view_count: int, device: torch.device, where: str = "cpu") -> None:
+        """`where` is cache.device of the config: cpu, cuda or auto."""
+        self.cache, self.view_count, self.where = cache, view_count, where
         self.decode = cache.manifest.codec.decode
         self.classifier = cache.classifier().to(device)
         self.view = 0
+        self.device, self.on_device = device, _held_on_device(cache, device, where)
+        self.rows: Tensor | None = None  # the whole view, if it is held on the device
 
     def begin(self, epoch: int) -> int | None:
-        self.view = epoch % self.view_count
+        view = epoch % self.view_count
+        if self.on_device and (self.rows is None or view != self.view):
+            self.rows = None  # its memory is free before the next view comes
+            self.rows = self.cache.load(view, self.device)
+        self.view = view
         return None
 
     def lookup(self, ids: Tensor) -> Tensor | None:
+        if self.rows is not None:
+            return self.rows[ids.to(self.device, non_blocking=True)]
         return self.cache.read(self.view, ids)
 
     def knowledge(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
         assert rows is not None
         features = self.decode(rows)
         return ModelOutput(features, self.classifier(features))
+
+
+def _held_on_device(cache: TeacherCache, device: torch.device, where: str) -> bool:
+    if where == "cuda" and device.type != "cuda":
+        raise ValueError("cache.device: got cuda, but this run is on the CPU; set cache.device=auto")
+    if where == "cpu" or device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return where == "cuda" or cache.manifest.view_bytes < free / 4
 
 
 class FillingTeacher(CachedTeacher):
@@ -125,7 +143,7 @@ class FillingTeacher(CachedTeacher):
         self._lock: IO[str] | None = cache.lock_for_filling() if self.first else None
 
     def begin(self, epoch: int) -> int | None:
-        super().begin(epoch)
+        self.view = epoch % self.view_count
         self.reading = self.cache.complete(self.view)
         if self.reading:
             return None
@@ -181,7 +199,7 @@ def _cached(
     config: Config, loader: Loader, family: ViewFamily, teacher: Teacher, accelerator: Accelerator
 ) -> TeacherMode:
     cache = open_cache(config, loader, family, teacher)
-    return CachedTeacher(cache, config.view_count, accelerator.device)
+    return CachedTeacher(cache, config.view_count, accelerator.device, config.cache.device)
 
 
 def _fill(
@@ -191,7 +209,7 @@ def _fill(
     manifest = expected_manifest(config, loader, family, teacher)
     first = accelerator.is_main_process
     if first:
-        TeacherCache.create(config.cache.path, manifest, teacher.network.classifier)
+        TeacherCache.create(config.cache.path, manifest, teacher.classifier)
     accelerator.wait_for_everyone()
     cache = TeacherCache.open(config.cache.path)
     return FillingTeacher(cache, config.view_count, teacher, accelerator)
@@ -217,15 +235,14 @@ def open_mode(
 
 def expected_manifest(config: Config, loader: Loader, family: ViewFamily, teacher: Teacher) -> Manifest:
     """The manifest of the cache that this config would fill."""
-    assert config.teacher.model is not None
     index = loader.index
     return Manifest(
         rows=len(index),
-        dim=teacher.network.feature_dim,
+        dim=teacher.feature_dim,
         views=config.view_count,
         dtype=config.cache.dtype,
         fingerprint={
-            **teachers.fingerprint(teacher, config.teacher.model),
+            **teachers.fingerprint(teacher),
             "data.index": index.digest,
             "views.seed": str(config.views.seed),
             **{f"views.{key}": str(value) for key, value in views.describe(family).items()},

@@ -54,7 +54,7 @@ def train(cfg: Config) -> dict[str, Any]:
         experiment.write_config(cfg, accelerator)
         if teacher and cfg.teacher.evaluate:
             found = evaluate(teacher, val_set, accelerator, cfg.eval, size=teacher.size)
-            accelerator.print(f"teacher {cfg.teacher.model}: top-1 {found.top1:.2f} % on {cfg.data.val}")
+            accelerator.print(f"teacher {teacher.name}: top-1 {found.top1:.2f} % on {cfg.data.val}")
         mode = open_mode(cfg, train_set, family, teacher, accelerator)
         mode.images_seen = progress.teacher_images
         metrics = MetricsWriter(cfg.run.dir / "metrics.jsonl", accelerator, resume_step=progress.step)

@@ -56,8 +56,8 @@ def _on_stream(
         try:
             stream = torch.cuda.Stream(device)
             for batch in batches:
-                rows = lookup(batch.ids)
                 with torch.cuda.stream(stream):
+                    rows = lookup(batch.ids)
                     moved = replace(
                         batch,
                         images=tuple(image.to(device, non_blocking=True) for image in batch.images),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BOTH, Digits, run_program
+from conftest import BOTH, Digits, metric_lines, run_program
 from torch import nn
 
 from fastdcd.cache import BLOCK_ROWS, CODECS, CacheMismatch, Manifest, TeacherCache
@@ -166,3 +166,77 @@ def test_estimate_writes_nothing(digits: Digits, tmp_path: Path) -> None:
         assert line in ran.out
     assert not (tmp_path / "cache").exists()
     shutil.rmtree(tmp_path)
+
+
+def test_views_filled_together_are_views_filled_alone(digits: Digits, tmp_path: Path) -> None:
+    """Decoding an image once for several views changes no byte, whatever was there before."""
+    for passes in (1, 2, 5):
+        sections = {
+            "loss": BOTH,
+            "teacher": {"mode": "cached"},
+            "views": {"count": 5},
+            "cache": {"path": str(tmp_path / f"cache-{passes}"), "views_a_pass": passes},
+        }
+        file = digits.file(tmp_path / "x.yaml", **sections)
+        if passes == 2:  # a view that was begun, with some rows done, beside one that was not
+            assert run_program(CACHE, "fill", "--config", file).code == 0
+            cache = TeacherCache.open(tmp_path / "cache-2")
+            cache.reopen(3, [range(100, 300)])
+            (tmp_path / "cache-2" / "view-004.npy").unlink()
+            (tmp_path / "cache-2" / "view-004.crc32.npy").unlink()
+        ran = run_program(CACHE, "fill", "--config", file)
+        assert ran.code == 0, ran.err
+        for view in range(5):
+            name = f"view-{view:03d}.npy"
+            assert (tmp_path / f"cache-{passes}" / name).read_bytes() == (tmp_path / "cache-1" / name).read_bytes()
+
+
+def test_a_whole_view_is_its_rows(filled: tuple[Path, Path]) -> None:
+    cache = TeacherCache.open(filled[1])
+    assert torch.equal(cache.load(1, torch.device("cpu")), cache.read(1, torch.arange(500)))
+
+
+def test_several_teachers_in_one_cache(digits: Digits, tmp_path: Path) -> None:
+    """Features side by side, the mean of the logits; cached and online agree; another second teacher is refused."""
+    from fastdcd import experiment, models, weights
+    from fastdcd.train import train
+
+    torch.manual_seed(1)
+    for name in ("second", "third"):
+        network = models.build("cifar:resnet14", classes=10)
+        weights.save(tmp_path / f"{name}.safetensors", network.original_state_dict())
+    files = [str(digits.teacher), str(tmp_path / "second.safetensors")]
+    teacher = {"model": ["cifar:resnet8", "cifar:resnet14"], "checkpoint": files, "evaluate": True}
+    curves = []
+    for mode in ("online", "cached"):
+        sections = {
+            "loss": BOTH,
+            "teacher": {**teacher, "mode": mode},
+            "cache": {"path": str(tmp_path / "cache"), "dtype": "fp32"},
+            "train": {"epochs": 2},
+        }
+        (tmp_path / mode).mkdir()
+        file = digits.file(tmp_path / mode / "x.yaml", **sections)
+        if mode == "cached":
+            assert run_program(CACHE, "fill", "--config", file).code == 0
+        ran = run_program("fastdcd/train.py", "--config", file)
+        assert ran.code == 0 and "cifar:resnet8 + cifar:resnet14: top-1" in ran.out, ran.err
+        curves.append([line["loss"] for line in metric_lines(tmp_path / mode / "run", "train")])
+    assert curves[0] == curves[1]
+    assert TeacherCache.open(tmp_path / "cache").manifest.dim == 128
+
+    cfg = digits.config(tmp_path / "other", **sections)
+    both = experiment.build_teacher(cfg, 10, experiment.make_accelerator(cfg))
+    assert both is not None
+    images = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8)
+    alone = []
+    for model, checkpoint in zip(teacher["model"], files, strict=True):
+        network = models.build(model, classes=10).eval()
+        weights.load_into(network, Path(checkpoint))
+        alone.append(network(models.normalize_for(model)(images)))
+    assert torch.allclose(both.features(images), torch.cat([each.features for each in alone], 1), atol=1e-5)
+    assert torch.allclose(both(images), (alone[0].logits + alone[1].logits) / 2, atol=1e-5)
+
+    sections["teacher"]["checkpoint"] = [files[0], str(tmp_path / "third.safetensors")]
+    with pytest.raises(ValueError, match=r"teacher\.weights"):
+        train(digits.config(tmp_path / "third", **sections))
