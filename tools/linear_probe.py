@@ -79,7 +79,7 @@ def run(checkpoint: Path, data: Path, cfg: config.Probe) -> Row:
         train_images=len(parts[0].labels),
         test_images=len(parts[1].labels),
         classes=classes,
-        features=frozen.network.feature_dim,
+        features=parts[0].features.shape[1],
         accuracy=probe.accuracy(classifier, parts[1]),
         seconds=time.perf_counter() - started,
     )
