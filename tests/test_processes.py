@@ -363,6 +363,21 @@ def small(digits: Digits, students: Path, tmp_path: Path) -> tuple[Path, list[fl
     return digits.file(tmp_path / "x.yaml", **sections), loss_lines(tmp_path / "one")
 
 
+def test_two_processes_by_accelerate_launch(small: tuple[Path, list[float]], tmp_path: Path) -> None:
+    command = ["accelerate", "launch", "--config_file", str(ROOT / "configs/accelerate/cpu_2.yaml")]
+    command += [
+        "--main_process_port",
+        str(free_port()),
+        str(ROOT / "fastdcd" / "train.py"),
+        "--config",
+        str(small[0]),
+    ]
+    ran = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("done:") == 1, "one run, not two"
+    assert loss_lines(tmp_path / "run") == pytest.approx(small[1], rel=1e-5)
+
+
 def test_slurm_script(small: tuple[Path, list[float]], tmp_path: Path) -> None:
     """The script as it is, SLURM's own programs replaced: two processes on one node."""
     stubs = {"srun": 'shift; exec env SLURM_NODEID=0 "$@"', "scontrol": "echo 127.0.0.1"}
