@@ -1,0 +1,202 @@
+"""How far a backend's pixels are from the torch executor's, on your data, and what your teacher makes of it.
+
+Every dataset renders the same boxes: random training crops and centre crops. Two comparisons:
+
+    stored    the same stored pixels, decoded by torchvision and rendered by the torch executor
+    source    the torch executor on the original images (--source), the boxes scaled to their size: what
+              shrinking and encoding again did is part of it
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastdcd import cli, config
+from fastdcd.experiment import open_set
+from fastdcd.teacher import Teacher, load_teacher
+from pipelines.base import Loader, LoaderOptions, open_loader
+from pipelines.beton import read_layout
+from pipelines.index import user_cache
+from pipelines.plan import Rendering, Work
+from pipelines.shards import INDEX, ShardReader
+from pipelines.torch_loader import decode, render
+from pipelines.views import Boxes, Center, RandomResizedCrop, ViewFamily
+
+CROPS: dict[str, ViewFamily] = {"train": RandomResizedCrop(), "centre": Center()}
+BATCH = 32
+
+_EPILOG = """example, with the teacher of a config:
+  python tools/check_parity.py --config configs/imagenet/smoke/torch.yaml --source data/imagenet/val \\
+      dali:data/imagenet/val dali:data/imagenet-shards/val ffcv:data/imagenet-ffcv/val.beton
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        difference: mean absolute difference of pixels, of 255, a sample [n].
+        cosine, agree: of the teacher's features a sample [n], and whether its first choice is the same; None
+            without a teacher.
+    """
+
+    dataset: str
+    against: str
+    crop: str
+    difference: Tensor
+    cosine: Tensor | None
+    agree: Tensor | None
+
+    def __str__(self) -> str:
+        line = f"{self.dataset:<42} {self.against:<7} {self.crop:<7} {self.difference.mean():>6.3f} {self.difference.max():>7.2f}"
+        if self.cosine is None or self.agree is None:
+            return line
+        low = self.cosine.quantile(0.05)
+        return f"{line} {self.cosine.mean():>8.5f} {low:>8.5f} {self.agree.float().mean() * 100:>7.1f}"
+
+
+HEAD = (
+    f"{'dataset':<42} {'against':<7} {'crops':<7} {'mean':>6} {'worst':>7} {'cosine':>8} {'5 %':>8} {'top-1 %':>7}"
+)
+
+
+def stored_reader(backend: str, path: Path, loader: Loader) -> Callable[[int], Tensor]:
+    """Decode what a dataset stores by torchvision, whatever the backend: id -> uint8 [3, H, W]."""
+    if backend == "ffcv":
+        layout, file = read_layout(path), np.memmap(path, np.uint8, "r")
+
+        def read(sample: int) -> Tensor:
+            data = file[layout.pointers[sample] : layout.pointers[sample] + layout.lengths[sample]]
+            if layout.raw[sample]:
+                return torch.from_numpy(data.reshape(*layout.sizes[sample], 3).copy()).permute(2, 0, 1)
+            return decode(data.tobytes())
+
+        return read
+    if (path / INDEX).is_dir():
+        reader = ShardReader(path)
+        return lambda sample: decode(reader(np.array([sample]))[0].tobytes())
+    return lambda sample: decode((path / loader.index.names[sample]).read_bytes())
+
+
+def rendered(loader: Loader, ids: NDArray[np.int64], boxes: Boxes, flips: NDArray[np.bool_], size: int) -> Tensor:
+    """What a loader makes of boxes: uint8 [n, 3, size, size]."""
+    work = Work(
+        ids=ids,
+        renderings=(Rendering(boxes=boxes, flips=flips, size=size),),
+        batch_size=BATCH,
+        batches=-(-len(ids) // BATCH),
+    )
+    return torch.cat([batch.images[0].cpu().contiguous() for batch in loader.epoch(work)])
+
+
+def compare(
+    loader: Loader,
+    backend: str,
+    path: Path,
+    source: Path | None,
+    *,
+    images: int,
+    size: int,
+    teacher: Teacher | None,
+) -> Iterator[Row]:
+    """The rows of one dataset. Raises ValueError if `source` lacks its images."""
+    index = loader.index
+    ids = np.arange(min(images, len(index)), dtype=np.int64) * len(index) // min(images, len(index))
+    read = stored_reader(backend, path, loader)
+    stored = [read(int(sample)) for sample in ids]
+    for crop, family in CROPS.items():
+        boxes, flips = family.boxes(0, ids, 0, index.sizes[ids])
+        ours = rendered(loader, ids, boxes, flips, size)
+
+        def row(against: str, theirs: Tensor, crop: str = crop, ours: Tensor = ours) -> Row:
+            difference = (ours.int() - theirs.int()).abs().float().mean((1, 2, 3))
+            cosine = agree = None
+            if teacher:
+                a, b = teacher.features(ours), teacher.features(theirs)
+                cosine = torch.cosine_similarity(a, b)
+                agree = teacher.logits(a).argmax(1) == teacher.logits(b).argmax(1)
+            return Row(
+                dataset=f"{backend}:{path.name}",
+                against=against,
+                crop=crop,
+                difference=difference,
+                cosine=cosine,
+                agree=agree,
+            )
+
+        pairs = zip(stored, boxes, flips, strict=True)
+        yield row("stored", torch.stack([render(image, box, bool(flip), size) for image, box, flip in pairs]))
+        if source is not None:
+            pictures = []
+            for sample, box, flip in zip(ids.tolist(), boxes, flips, strict=True):
+                original = source / index.names[sample]
+                if not original.is_file():
+                    raise ValueError(f"{original}: no such file; --source must be the folder that was converted")
+                image = decode(original.read_bytes())
+                scale = np.array(image.shape[1:]) / index.sizes[sample]
+                start, end = np.rint(box[:2] * scale), np.rint((box[:2] + box[2:]) * scale)
+                pictures.append(
+                    render(image, np.concatenate([start, end - start]).astype(np.int32), bool(flip), size)
+                )
+            yield row("source", torch.stack(pictures))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="check_parity.py",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "datasets", nargs="+", metavar="BACKEND:PATH", help="what to compare, as in ffcv:val.beton"
+    )
+    parser.add_argument("--source", type=Path, metavar="DIR", help="class folders of the original images")
+    parser.add_argument("--images", type=int, default=120, metavar="N", help="spread over the set (default 120)")
+    parser.add_argument("--size", type=int, default=224, metavar="N", help="pixels (default 224; a teacher's own)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="an experiment, for its teacher and classes")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value")
+    arguments = parser.parse_args()
+    settings = config.load(arguments.config, arguments.set) if arguments.config else None
+    if arguments.images < 1 or arguments.size < 1:
+        raise ValueError("--images and --size: expected 1 or more")
+    teacher = None
+    print(HEAD if settings else HEAD[: HEAD.index("cosine") - 1].rstrip())
+    for dataset in arguments.datasets:
+        backend, colon, name = dataset.partition(":")
+        if not colon:
+            raise ValueError(f"{dataset}: expected BACKEND:PATH, as in ffcv:data/val.beton")
+        path = Path(name)
+        if settings:
+            section = replace(settings.data, backend=backend, workers=min(settings.data.workers, 2))
+            loader = open_set(section, path, torch.device("cpu"), dataset)
+        else:
+            loader = open_loader(backend, path, LoaderOptions(index_cache=user_cache()))
+        with loader:
+            size = arguments.size
+            if settings and settings.teacher.mode != "none":
+                size = settings.teacher_size
+                teacher = teacher or load_teacher(
+                    settings, classes=len(loader.index.classes), rows=BATCH, device=torch.device("cpu")
+                )
+            for row in compare(
+                loader, backend, path, arguments.source, images=arguments.images, size=size, teacher=teacher
+            ):
+                print(row, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
