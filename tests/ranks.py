@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastdcd import config, experiment, filling, tiled_dcd
+from fastdcd import config, experiment, filling, fused, tiled_dcd
 from fastdcd.config import Loss
 from fastdcd.distill import TERMS, LossInputs
 from fastdcd.models import ModelOutput
@@ -48,6 +49,8 @@ def gradients_equal(tolerances: dict[torch.dtype, float]) -> None:
     dist.init_process_group("gloo")
     tiled_dcd.TILE["cpu"] = 5
     count = dist.get_world_size()
+    with pytest.raises(ValueError, match=f"rows of one process only, and there are {count}"):
+        fused.dcd(torch.eye(3), torch.eye(3), torch.tensor(1.0), negatives="global", form="naive")
     for dtype, tolerance in tolerances.items():
         for rows in (1, count - 1, count, 17, 40, 41):  # empty shares, even and uneven ones
             for masked in (False, True):

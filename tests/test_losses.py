@@ -218,6 +218,18 @@ def test_a_single_row_is_zero_and_says_so() -> None:
         assert all(each.abs().max() == 0 for each in found)
 
 
+@pytest.mark.parametrize("form", ["auto", "naive", "tiled"])
+def test_no_rows_are_no_loss(form: str) -> None:
+    """A process without a share of the batch still goes through the backward pass, and adds nothing."""
+    found = evaluate(
+        lambda *z: fused.dcd(*z, form=form, divisor=0.5).loss,
+        torch.zeros(0, 4),
+        torch.zeros(0, 4),
+        torch.tensor(5.0),
+    )
+    assert float(found[0]) == 0 and float(found[3]) == 0 and found[1].shape == (0, 4)
+
+
 def test_a_bias_changes_nothing() -> None:
     z_s, z_t = embeddings(12, "random")
     b = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
