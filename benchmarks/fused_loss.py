@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -26,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import record
 from fastdcd import fused
-from pipelines.files import replace_file, write_json
 
 DIMENSIONS = 128
 FORMS = {"cpu": ["naive", "compiled", "tiled", "auto"], "cuda": ["naive", "compiled", "tiled", "triton", "auto"]}
@@ -124,8 +123,7 @@ def table(results: dict[str, Any]) -> str:
                 f"{found['least_ms']:.2f} to {found['greatest_ms']:.2f} | {found['median_ms'] / naive['median_ms']:.2f} | "
                 f"{found['peak_bytes'] / 2**20:.1f} | {'-' if memory is None else f'{memory:.3f}'} |"
             )
-    about = "; ".join(f"{name} {value}" for name, value in results["about"].items())
-    return "# DCD, forward and backward\n\n" + about + "\n\n" + "\n".join(lines) + "\n"
+    return "# DCD, forward and backward\n\n" + "\n".join(lines)
 
 
 def main() -> int:
@@ -134,7 +132,6 @@ def main() -> int:
     parser.add_argument("--device", choices=FORMS, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, on the CPU")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each number of rows")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--times", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -147,15 +144,9 @@ def main() -> int:
         return 0
 
     results: dict[str, Any] = {
-        "about": {
-            "command": "python benchmarks/fused_loss.py " + " ".join(sys.argv[1:]),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
-            "threads": arguments.threads,
-            "dimensions": DIMENSIONS,
-            "dtype": "float32",
-        },
+        "device": arguments.device,
+        "dimensions": DIMENSIONS,
+        "dtype": "float32",
         "rows": {},
     }
     for rows in arguments.rows:
@@ -171,12 +162,7 @@ def main() -> int:
             }
             for form, each in seconds.items()
         }
-    print(table(results))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.out.with_suffix(".json"), results)
-        with replace_file(arguments.out.with_suffix(".md")) as file:
-            file.write(table(results).encode())
+    record.write(f"fused-loss-{arguments.device}", results, table(results))
     return 0
 
 

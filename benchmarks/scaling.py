@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -26,11 +25,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import record
 from fastdcd import models
 from fastdcd.config import Loss
 from fastdcd.distill import DistillModule
 from fastdcd.models import ModelOutput
-from pipelines.files import replace_file, write_json
 
 KINDS = ("step", "without DDP's exchange", "without DCD")
 
@@ -40,7 +39,7 @@ def measure(model: str, rows: int, seconds: float) -> dict[str, float]:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     classes, size = 100, 32
-    modules = {}
+    modules: dict[str, DistributedDataParallel] = {}
     for name, dcd in (("with", 1.0), ("without", 0.0)):
         student = models.build(model, classes=classes)
         normalize = models.normalize_for(model, None, None)
@@ -54,12 +53,12 @@ def measure(model: str, rows: int, seconds: float) -> dict[str, float]:
     go_on = torch.ones(1)
     while go_on:
         for kind in KINDS:
-            module = modules["without" if kind == "without DCD" else "with"]
-            optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
+            wrapped = modules["without" if kind == "without DCD" else "with"]
+            optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-3, momentum=0.9)
             dist.barrier()
             start = time.perf_counter()
-            with module.no_sync() if kind == "without DDP's exchange" else nullcontext():
-                module(images, labels, teacher, float(rows))["loss"].backward()
+            with wrapped.no_sync() if kind == "without DDP's exchange" else nullcontext():
+                wrapped(images, labels, teacher, float(rows))["loss"].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             found[kind].append(time.perf_counter() - start)
@@ -100,7 +99,6 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=64, help="of each process")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each start")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank is not None:
@@ -117,11 +115,6 @@ def main() -> int:
         for kind in KINDS[1:]
     }
     results: dict[str, Any] = {
-        "command": "python benchmarks/scaling.py " + " ".join(sys.argv[1:]),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_1_minute": os.getloadavg()[0],
         "model": arguments.model,
         "rows_a_process": arguments.rows,
         "images_per_second_1": arguments.rows / steps[1],
@@ -135,13 +128,9 @@ def main() -> int:
         f"| {name} | {value:.3g} |" if isinstance(value, float) else f"| {name} | {value} |"
         for name, value in results.items()
     ]
-    text = "\n".join(["# Two processes against one", "", "| what | value |", "|---|---|", *lines, ""])
-    print(text)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.out.with_suffix(".json"), results)
-        with replace_file(arguments.out.with_suffix(".md")) as file:
-            file.write(text.encode())
+    record.write(
+        "scaling", results, "\n".join(["# Two processes against one", "", "| what | value |", "|---|---|", *lines])
+    )
     return 0
 
 
