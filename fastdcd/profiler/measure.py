@@ -1,0 +1,423 @@
+"""Measuring a run: its stages alone and together, and the ceilings beside them. The result is plain JSON.
+
+docs/profile.md describes its keys; FORMAT changes whenever their meaning does.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
+from tqdm import tqdm
+
+from fastdcd import experiment
+from fastdcd.config import Config
+from fastdcd.distill import LossInputs, Term
+from fastdcd.models import ModelOutput
+from fastdcd.profiler import reading
+from fastdcd.profiler.clock import Clock, spread, steady
+from fastdcd.profiler.steps import Bench, enough, plain, run_steps, set_up
+from fastdcd.teacher import Teacher
+from fastdcd.teacher_modes import open_mode
+from pipelines.base import Loader
+from pipelines.plan import EpochPlan, Work
+from pipelines.prefetch import prefetch
+from pipelines.replay import ReplayLoader
+from pipelines.synthetic import SyntheticLoader
+from pipelines.views import Center
+
+FORMAT = "fastdcd-profile-1"
+LEAST = 12  # steps of a measurement, however slow they are
+MOST = 400
+# Stages in the order of a step, as they are shown.
+STAGES = (
+    "data_wait",
+    "copy",
+    "cache_read",
+    "teacher",
+    "student_forward",
+    "loss.ce",
+    "loss.kd",
+    "loss.dcd",
+    "loss_backward",
+    "backward",
+    "all_reduce",
+    "optimizer",
+    "other",
+)
+
+
+def profile(config: Config, *, seconds: float = 60.0, trace: Path | None = None) -> dict[str, Any]:
+    """Measure a config on its data and this machine in about `seconds`. Nothing of the run is written.
+
+    With `trace` some steps are also recorded by torch.profiler, as a Chrome trace.
+
+    Raises ValueError for what training would refuse.
+    """
+    if config.teacher.mode == "fill":  # its slower half; and a profile must not write a cache
+        config = replace(config, teacher=replace(config.teacher, mode="online"))
+    accelerator = experiment.make_accelerator(config)
+    device = accelerator.device
+    share = seconds / 12  # the measurements below last about 12 shares
+    bar = tqdm(total=9, desc="profile", disable=None if accelerator.is_main_process else True)
+
+    def stage(name: str) -> None:
+        bar.set_postfix_str(name)
+        bar.update()
+
+    begin = time.perf_counter()
+    train, val = experiment.open_data(config, accelerator)
+    with train, val:
+        opened = time.perf_counter() - begin
+        classes = len(train.index.classes)
+        family = experiment.view_family(config)
+        teacher = experiment.build_teacher(config, classes, accelerator)
+        mode = open_mode(config, train, family, teacher, accelerator)
+        bench = set_up(config, accelerator, classes, family, teacher, mode)
+        plan = experiment.epoch_plan(config, train, family, 0)
+        work = plan.work(
+            experiment.image_sizes(config.student_size(0), mode.begin(0)),
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+
+        stage("first steps")
+        cold = {"open_seconds": opened, **_cold(bench, train, work)}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        stage("together")
+        together = _measure(bench, train, 3 * share, alternate=True)
+        stage("ceilings")
+        synthetic_loader = SyntheticLoader(train.index, device)
+        synthetic = _measure(bench, synthetic_loader, 1.5 * share)
+        ceilings = {"synthetic": _rate(synthetic, config), **_replayed(bench, train, config, share)}
+        if config.teacher.mode != "none":
+            bare = plain(bench, classes)
+            ceilings["plain_cross_entropy"] = _rate(_measure(bare, synthetic_loader, share), config)
+        stage("communication")
+        communication = _communication(bench, synthetic_loader, synthetic, share)
+        _split_backward(together, synthetic, communication)
+        stage("loader")
+        loading = reading.stages(train, work, config, share)
+        if loading:
+            ceilings["loader"] = accelerator.num_processes / loading["loader"]
+        stage("evaluation")
+        evaluation = _evaluation(bench, val, share)
+        stage("memory")
+        memory = _memory(bench, synthetic_loader)
+        stage("alternatives")
+        alternatives = _alternatives(bench, share / 2)
+        if trace is not None:
+            stage("trace")
+            _trace(bench, train, trace)
+        mode.close()
+        bar.close()
+
+    own = {name: values["mean"] for name, values in together["stages"].items()}
+    ranks = gather_object([{"rank": accelerator.process_index, "stages": own, "step": together["step"]["mean"]}])
+    images = config.data.batch_size
+    return {
+        "format": FORMAT,
+        "about": _about(config, accelerator),
+        "images_per_step": images,
+        "images_per_second": images / together["step"]["mean"],
+        "step": together["step"],
+        "stages": together["stages"],
+        "alone": {name: values for name, values in synthetic["stages"].items() if name != "data_wait"},
+        "profiling_overhead": together["overhead"],
+        "data_wait_seconds": together["waits"],
+        "loader_seconds_an_image": loading,
+        "ceilings": ceilings,
+        "cold": cold,
+        "communication": communication,
+        "evaluation": evaluation,
+        "memory": memory,
+        "alternatives": alternatives,
+        "ranks": ranks,
+        "dataset": {"images": len(train.index), "val_images": len(val.index), "classes": classes},
+    }
+
+
+def _measure(bench: Bench, loader: Loader, seconds: float, **options: Any) -> dict[str, Any]:
+    """Steps for about `seconds`: the whole step, its stages, and what marking them costs."""
+    clock = Clock(bench.accelerator.device)
+    run_steps(bench, loader, clock, enough(seconds=seconds, least=LEAST, most=MOST), **options)
+    marked, whole = clock.take()
+    waits = [round(step.get("data_wait", 0.0), 6) for step in marked]
+    overhead = float(np.median([sum(step.values()) for step in marked]) / np.median(whole) - 1) if whole else None
+    marked = steady(marked, lambda step: sum(step.values()))
+    totals = [sum(step.values()) for step in marked]
+    names = [name for name in STAGES if any(name in step for step in marked)]
+    return {
+        "step": spread(steady(whole, float) or totals),
+        "stages": {name: spread([step.get(name, 0.0) for step in marked]) for name in names},
+        "waits": waits,
+        "overhead": overhead,
+    }
+
+
+def _rate(measured: dict[str, Any], config: Config) -> float:
+    """Images a second over all processes."""
+    return config.data.batch_size / float(measured["step"]["mean"])
+
+
+def _replayed(bench: Bench, loader: Loader, config: Config, seconds: float) -> dict[str, float]:
+    # closing a ReplayLoader closes what it repeats, which is still needed
+    return {"replay": _rate(_measure(bench, ReplayLoader(loader), seconds), config)}
+
+
+def _cold(bench: Bench, loader: Loader, work: Work) -> dict[str, float | None]:
+    """What only the beginning costs: the first batch, the first step, and reading what no cache holds yet."""
+    config = bench.config
+    threads = max(config.data.workers, 1)
+    sample = work.ids[-256:]
+    cold = reading.cold_read_seconds(config.data.train, loader.index, sample, threads)
+    begin = time.perf_counter()
+    epoch = loader.epoch(work)
+    next(epoch)
+    first_batch = time.perf_counter() - begin
+    epoch.close()
+    clock = Clock(bench.accelerator.device)
+    run_steps(bench, loader, clock, lambda kept: True, warm_up=0)
+    begin = time.perf_counter()
+    run_steps(bench, SyntheticLoader(loader.index, bench.accelerator.device), clock, lambda kept: True, warm_up=0)
+    clock.take()
+    return {
+        "first_batch_seconds": first_batch,
+        "first_step_seconds": time.perf_counter() - begin,
+        "read_seconds_an_image": cold,
+    }
+
+
+def _communication(
+    bench: Bench, loader: Loader, synced: dict[str, Any], seconds: float
+) -> dict[str, float] | None:
+    """Gradient all-reduce alone, and the backward pass with and without it; None on one process."""
+    accelerator = bench.accelerator
+    if accelerator.num_processes == 1:
+        return None
+    silent = _measure(bench, loader, seconds, communicate=False)
+    count = sum(each.numel() for each in bench.module.parameters() if each.requires_grad)
+    gradient = torch.zeros(count, device=accelerator.device)
+    alone = _call_seconds(lambda: dist.all_reduce(gradient), accelerator, 8)
+    processes = accelerator.num_processes
+    return {
+        "bytes": 4 * count,
+        "all_reduce_alone_seconds": alone,
+        "bytes_per_second": 2 * (processes - 1) / processes * 4 * count / alone,
+        "backward_seconds": silent["stages"]["backward"]["mean"],
+        "exposed_seconds": synced["stages"]["backward"]["mean"] - silent["stages"]["backward"]["mean"],
+    }
+
+
+def _split_backward(
+    together: dict[str, Any], synthetic: dict[str, Any], communication: dict[str, float] | None
+) -> None:
+    """With DDP, a backward pass is its own work and what it waits for other processes beyond that."""
+    if communication is None:
+        return
+    for found in (together, synthetic):
+        stages = found["stages"]
+        whole, own = stages["backward"], communication["backward_seconds"]
+        waiting = max(whole["mean"] - own, 0.0)
+        kept = (whole["mean"] - waiting) / whole["mean"]
+        reduce = stages.setdefault("all_reduce", dict.fromkeys(whole, 0.0))
+        for name in ("mean", "median", "quartile_25", "quartile_75"):
+            reduce[name] += whole[name] * (1 - kept)
+            whole[name] *= kept
+        reduce["samples"] = whole["samples"]
+
+
+def _evaluation(bench: Bench, val: Loader, seconds: float) -> dict[str, float]:
+    """Seconds of one evaluation, from some of its batches."""
+    config, accelerator = bench.config, bench.accelerator
+    plan = EpochPlan(
+        index=val.index,
+        family=Center(crop_ratio=config.eval.crop_ratio),
+        view_seed=0,
+        view=0,
+        order=np.arange(len(val.index)),
+        batch_size=max(config.eval.batch_size, accelerator.num_processes),
+    )
+    work = plan.work((config.eval_size,), rank=accelerator.process_index, world_size=accelerator.num_processes)
+    module = bench.module.eval()
+    images = 0
+    batches = prefetch(val.epoch(work), lambda ids: None, accelerator.device)
+    with torch.no_grad():
+        begin = time.perf_counter()
+        for number, (batch, _) in enumerate(batches):
+            with accelerator.autocast():
+                module.predict(batch.images[0])
+                if config.eval.flip:
+                    module.predict(batch.images[0].flip(3))
+            _synchronize(accelerator)
+            if number == 0 and work.batches > 1:  # starts workers, compiles
+                begin = time.perf_counter()
+                continue
+            images += len(batch.ids)
+            if time.perf_counter() - begin > seconds:
+                break
+        elapsed = time.perf_counter() - begin
+    batches.close()
+    bench.wrapped.train()
+    per_image = elapsed / max(images, 1) / accelerator.num_processes
+    return {"seconds_an_image": per_image, "seconds": per_image * len(val.index)}
+
+
+def _memory(bench: Bench, loader: Loader) -> dict[str, float | None]:
+    """Bytes by what they hold. Activations: everything one step keeps for its backward pass, counted once."""
+    saved: dict[int, int] = {}
+    weights = {each.untyped_storage().data_ptr() for each in bench.module.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run_steps(bench, loader, Clock(bench.accelerator.device), lambda kept: True, warm_up=0)
+    parameters = _bytes(bench.module.parameters())
+    state = [
+        value
+        for of_parameter in bench.optimizer.state.values()
+        for value in of_parameter.values()
+        if isinstance(value, Tensor)
+    ]
+    sizes = experiment.image_sizes(bench.config.student_size(0), bench.mode.begin(0))
+    on_gpu = bench.accelerator.device.type == "cuda"
+    total = torch.cuda.get_device_properties(bench.accelerator.device).total_memory if on_gpu else None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "student": parameters,
+        "gradients": parameters,
+        "optimizer": _bytes(state),
+        "teacher": _bytes(bench.teacher.parameters()) if bench.teacher else 0,
+        "activations": sum(saved.values()),
+        "images": sum(bench.rows * 3 * size * size for size in sizes),
+        "process_peak": peak,
+        "device_peak": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "device_total": total,
+    }
+
+
+def _alternatives(bench: Bench, seconds: float) -> dict[str, Any]:
+    """Other ways to do the same, measured: what advice may promise."""
+    config, accelerator, found = bench.config, bench.accelerator, {}
+    if config.loss.dcd and config.loss.form != "auto" and bench.teacher is not None:
+        for form in (config.loss.form, "auto"):
+            found[f"loss.form={form}"] = _dcd_seconds(bench, bench.teacher, form)
+    if config.teacher.mode == "online" and bench.teacher is not None:
+        teacher = bench.teacher
+        features = torch.rand(bench.rows, teacher.feature_dim, device=accelerator.device)
+        found["teacher.mode=cached"] = _call_seconds(lambda: teacher.logits(features), accelerator, 8)
+    return found
+
+
+def _dcd_seconds(bench: Bench, teacher: Teacher, form: str) -> float:
+    """Forward and backward of the DCD term alone, by one form of it."""
+    accelerator, rows = bench.accelerator, bench.rows
+    classes = 2
+    term = bench.module.terms["dcd"]
+    assert isinstance(term, Term)
+    kept = term.config
+    term.config = replace(kept, form=form)  # type: ignore[arg-type]
+
+    def random(dim: int) -> ModelOutput:
+        features = torch.randn(rows, dim, device=accelerator.device)
+        return ModelOutput(features, features[:, :classes])
+
+    known = random(teacher.feature_dim)
+
+    def call() -> None:
+        student = random(bench.module.student.feature_dim)
+        student.features.requires_grad_()
+        labels = torch.zeros(rows, dtype=torch.int64, device=accelerator.device)
+        term(LossInputs(student, known, labels, rows))[0].backward()
+        term.zero_grad()
+
+    try:
+        return _call_seconds(call, accelerator, 5)
+    finally:
+        term.config = kept
+
+
+def _trace(bench: Bench, loader: Loader, path: Path) -> None:
+    """A Chrome trace of some steps; of several processes each writes its own."""
+    activities = [ProfilerActivity.CPU]
+    if bench.accelerator.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    clock = Clock(bench.accelerator.device)
+    clock.tracing = True
+    with torch_profile(activities=activities) as recorded:
+        run_steps(bench, loader, clock, lambda kept: kept >= 5, warm_up=1)
+    if bench.accelerator.num_processes > 1:
+        path = path.with_stem(f"{path.stem}-rank{bench.accelerator.process_index}")
+    recorded.export_chrome_trace(str(path))
+
+
+def _call_seconds(call: Callable[[], object], accelerator: Accelerator, times: int) -> float:
+    """Median time of a call, after two to warm up."""
+    found = []
+    for _ in range(times + 2):
+        _synchronize(accelerator)
+        begin = time.perf_counter()
+        call()
+        _synchronize(accelerator)
+        found.append(time.perf_counter() - begin)
+    return float(np.median(found[2:]))
+
+
+def _synchronize(accelerator: Accelerator) -> None:
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(each.numel() * each.element_size() for each in tensors)
+
+
+def _about(config: Config, accelerator: Accelerator) -> dict[str, Any]:
+    """What was measured, where."""
+    on_gpu = accelerator.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(accelerator.device) if on_gpu else "cpu",
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "torch": torch.__version__,
+        "student": config.student.model,
+        "image_size": config.student_size(0),
+        "teacher": config.teacher.model if config.teacher.mode != "none" else None,
+        "teacher_mode": config.teacher.mode,
+        "backend": config.data.backend,
+        "train": str(config.data.train),
+        "workers": config.data.workers,
+        "precision": config.train.precision,
+        "compile": config.train.compile,
+        "channels_last": config.student.channels_last,
+        "form": config.loss.form,
+        "epochs": config.train.epochs,
+        "eval_every": config.eval.every,
+        "cache": str(
+            config.cache.path or Path("data", f"{config.run.dir.name if config.run.dir else 'teacher'}-cache")
+        ),
+        "config": "CONFIG",
+        "set": [],
+    }

@@ -1,0 +1,170 @@
+"""A profile as one HTML page."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from fastdcd import pages
+from fastdcd.profiler.table import duration
+
+_NAMES = {
+    "data_wait": "wait for data",
+    "copy": "copy to device",
+    "cache_read": "teacher cache",
+    "teacher": "teacher forward",
+    "student_forward": "student forward",
+    "loss.ce": "cross-entropy",
+    "loss.kd": "KD",
+    "loss.dcd": "DCD",
+    "loss_backward": "losses backward",
+    "backward": "student backward",
+    "all_reduce": "all-reduce",
+}
+
+
+def page(profile: dict[str, Any]) -> str:
+    """The page of a profile with its verdict and projection, as tools/profile_throughput.py writes them."""
+    about = profile["about"]
+    waits = profile["data_wait_seconds"]
+    subtitle = (
+        f"{about['config']}: {about['student']} at {about['image_size']} px"
+        + (f", teacher {about['teacher']} ({about['teacher_mode']})" if about["teacher"] else "")
+        + f", {about['backend']} with {about['workers']} workers, {about['processes']} x {about['device']}"
+    )
+    stages = {name: values["mean"] for name, values in profile["stages"].items()}
+    total = sum(stages.values())
+    wait = stages.get("data_wait", 0.0) / total
+    parts = [
+        pages.tiles(
+            {
+                "images a second": f"{profile['images_per_second']:,.0f}",
+                "step": f"{1000 * profile['step']['mean']:.1f} ms",
+                "waiting for data": f"{wait:.0%}",
+                "without data (synthetic)": f"{profile['ceilings']['synthetic']:,.0f}/s",
+            }
+        ),
+        _verdict(profile["verdict"]),
+        pages.card(
+            "One step, stage by stage",
+            pages.waterfall(
+                [
+                    (_name(key), 1000 * each, f"{1000 * each:.2f} ms, {each / total:.0%}")
+                    for key, each in stages.items()
+                ]
+            ),
+            note="Mean of the steady steps. On a GPU a stage is the time between events on its own timeline; "
+            "work that hides behind it does not show.",
+            name="waterfall",
+        ),
+        pages.grid(
+            [
+                pages.card("Waiting for data", _waits(waits), note=_WAITS, name="waits"),
+                pages.card("Ceilings", _ceilings(profile), note=_CEILINGS, name="ceilings"),
+                pages.card("Memory", _memory(profile["memory"]), name="memory"),
+                pages.card("Processes", _ranks(profile["ranks"]), name="ranks"),
+            ]
+        ),
+        pages.card("Projection to ImageNet", _projection(profile), note=_PROJECTION, name="projection"),
+    ]
+    return pages.document("Where the time goes", subtitle, parts)
+
+
+_WAITS = "Seconds that each step waited for its batch; heights are square roots of counts."
+_CEILINGS = (
+    "Synthetic: no data at all. Replay: real batches kept in memory. Plain cross-entropy: the student without "
+    "distillation, on synthetic data. Loader: batches made and thrown away."
+)
+_PROJECTION = (
+    "A model, not a measurement: this step on every device with a loader of its own, and a ring all-reduce that hides "
+    "behind the backward pass."
+)
+
+
+def _name(key: str) -> str:
+    return _NAMES.get(key, key.replace("_", " "))
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    head, _, rest = found["words"].partition(":")
+    lines = [f"<p><strong>{escape(head)}</strong>:{escape(rest)}.</p>"]
+    for advice in found["advice"]:
+        gain = f" <strong>{advice['gain']:.2f} times the rate</strong>" if advice["gain"] else ""
+        settings = f"<code>--set {escape(' '.join(advice['settings']))}</code>" if advice["settings"] else ""
+        command = f"<code>{escape(advice['command'])}</code><br>" if advice["command"] else ""
+        lines.append(f"<p>→ {escape(advice['text'])}{gain}<br>{command}{settings}</p>")
+    lines += [f'<p class="soft">{escape(note)}</p>' for note in found["notes"]]
+    good = " good" if found["healthy"] else ""
+    return f'<section class="card verdict{good}" id="verdict"><h2>Verdict</h2>{"".join(lines)}</section>'
+
+
+def _waits(waits: list[float]) -> str:
+    milliseconds = [1000 * each for each in waits]
+    marks = dict(zip(("p50", "p95", "p99"), np.percentile(milliseconds, (50, 95, 99)).tolist(), strict=True))
+    return pages.histogram(milliseconds, marks, unit="ms")
+
+
+def _ceilings(profile: dict[str, Any]) -> str:
+    own = profile["images_per_second"]
+    rows = [("this run", f"{own:,.0f}", "1.00")]
+    rows += [
+        (name.replace("_", " "), f"{rate:,.0f}", f"{rate / own:.2f}") for name, rate in profile["ceilings"].items()
+    ]
+    body = pages.table(("", "images/s", "times"), rows)
+    loading = profile["loader_seconds_an_image"]
+    parts = [
+        (name, value, f"{value / loading['loader']:.0%}") for name, value in loading.items() if name != "loader"
+    ]
+    if len(parts) > 1:
+        body += '<p class="small" style="margin-top:14px">The loader\'s own time</p>' + pages.stack(parts)
+    return body
+
+
+def _memory(memory: dict[str, Any]) -> str:
+    names = ("student", "gradients", "optimizer", "teacher", "activations", "images")
+    body = pages.stack([(name, memory[name], size(memory[name])) for name in names if memory[name]])
+    rows = [("peak of the process", size(memory["process_peak"]))]
+    if memory["device_peak"] is not None:
+        rows.append(("peak on the device", f"{size(memory['device_peak'])} of {size(memory['device_total'])}"))
+    return body + pages.table(("", ""), rows)
+
+
+def _ranks(ranks: list[dict[str, Any]]) -> str:
+    names = list(ranks[0]["stages"])
+    slowest = {name: max(rank["stages"].get(name, 0.0) for rank in ranks) for name in names}
+    shown = sorted(names, key=lambda name: -slowest[name])[:4]
+    rows = [
+        (
+            f"rank {rank['rank']}",
+            f"{1000 * rank['step']:.2f}",
+            *(f"{1000 * rank['stages'].get(n, 0):.2f}" for n in shown),
+        )
+        for rank in ranks
+    ]
+    return pages.table(("", "step, ms", *map(_name, shown)), rows)
+
+
+def _projection(profile: dict[str, Any]) -> str:
+    rows = [
+        (
+            f"{row['gpus']}",
+            f"{row['images_per_second']:,.0f}",
+            duration(row["epoch_seconds"]),
+            duration(row["recipe_seconds"]),
+            f"{row['cost']:,.0f}" if row["cost"] is not None else "-",
+        )
+        for row in profile["projection"]
+    ]
+    epochs = profile["about"]["epochs"]
+    return pages.table(("devices", "images/s", "epoch", f"{epochs} epochs", "cost"), rows)
+
+
+def size(count: float) -> str:
+    """Bytes as people say them."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"

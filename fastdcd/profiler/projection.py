@@ -1,0 +1,63 @@
+"""What a measured step would mean elsewhere: ImageNet's size, more GPUs, a price. A projection, not a measurement.
+
+The model: every process keeps its rows of a step and its own loader (as many cores and as much bandwidth each),
+so that only the gradients' all-reduce grows. A ring moves 2 (P - 1) / P times the gradients' bytes through each
+process; what is longer than the backward pass is exposed, and the last bucket (DDP's 25 MiB) always is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+IMAGENET, IMAGENET_VAL = 1_281_167, 50_000
+LAST_BUCKET = 25 * 2**20  # bytes: torch's DistributedDataParallel, bucket_cap_mb
+BANDWIDTH = 25e9  # bytes a second and process: 200 Gbit/s, when it was not measured
+
+
+def step_seconds(profile: dict[str, Any], processes: int, bandwidth: float) -> float:
+    """A step on `processes` with this profile's rows each, seconds."""
+    stages = {name: value["mean"] for name, value in profile["stages"].items()}
+    alone = sum(stages.values()) - stages.get("all_reduce", 0.0)
+    if processes == 1:
+        return float(alone)
+    size = profile["memory"]["gradients"]
+    ring = 2 * (processes - 1) / processes / bandwidth
+    exposed = max(ring * size - stages["backward"], ring * min(size, LAST_BUCKET))
+    return float(alone + exposed)
+
+
+def project(
+    profile: dict[str, Any],
+    *,
+    gpus: tuple[int, ...] = (1, 8, 64),
+    bandwidth: float | None = None,
+    price: float | None = None,
+) -> list[dict[str, float | None]]:
+    """ImageNet epoch and whole recipe on so many devices like this one.
+
+    Args:
+        profile: from measure.profile.
+        gpus: numbers of processes.
+        bandwidth: of the all-reduce, bytes/s; the measured one if there is, else BANDWIDTH.
+        price: of one device, an hour.
+    """
+    communication = profile["communication"] or {}
+    speed = bandwidth or communication.get("bytes_per_second") or BANDWIDTH
+    about = profile["about"]
+    rows = profile["images_per_step"] / about["processes"]
+    found: list[dict[str, float | None]] = []
+    for count in gpus:
+        step = step_seconds(profile, count, speed)
+        epoch = IMAGENET / (rows * count) * step
+        evaluating = IMAGENET_VAL * profile["evaluation"]["seconds_an_image"] * about["processes"] / count
+        recipe = about["epochs"] * (epoch + evaluating / about["eval_every"])
+        found.append(
+            {
+                "gpus": count,
+                "images_per_second": rows * count / step,
+                "epoch_seconds": epoch,
+                "recipe_seconds": recipe,
+                "cost": recipe / 3600 * count * price if price is not None else None,
+            }
+        )
+    return found

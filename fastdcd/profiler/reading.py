@@ -1,0 +1,129 @@
+"""What a loader's time goes to. It shows its work through its contract alone, so any backend can be asked.
+
+The same samples are asked for three times: as planned; as crops of one pixel, which are read and decoded as
+before but leave nothing to resize; and as bytes, by as many threads as the loader has workers. What one has
+over the next is the cost of augmenting, and of decoding.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from fastdcd.config import Config
+from pipelines.base import Loader
+from pipelines.index import DatasetIndex
+from pipelines.plan import Rendering, Work
+
+ReadSample = Callable[[int], int]  # sample id -> bytes read
+
+
+def seconds_an_image(loader: Loader, work: Work, seconds: float) -> float | None:
+    """Steady time of an image through the whole loader, all workers at work; None if there is one batch only.
+
+    The first batch is not counted: it is made while nothing else is.
+    """
+    epoch = loader.epoch(work)
+    images = 0
+    try:
+        next(epoch)
+        begin = time.perf_counter()
+        for batch in epoch:
+            images += len(batch.ids)
+            if time.perf_counter() - begin > seconds:
+                break
+        elapsed = time.perf_counter() - begin
+    finally:
+        epoch.close()
+    return elapsed / images if images else None
+
+
+def without_augmenting(work: Work) -> Work:
+    """The same samples as crops of one pixel."""
+    boxes = np.tile(np.array([0, 0, 1, 1], np.int32), (len(work.ids), 1))
+    crop = Rendering(boxes=boxes, flips=np.zeros(len(work.ids), np.bool_), size=1)
+    return replace(work, renderings=(crop,))
+
+
+def stages(loader: Loader, work: Work, config: Config, seconds: float) -> dict[str, float]:
+    """Seconds an image: loader (all of it), and read, decode, augment as far as the backend has them."""
+    whole = seconds_an_image(loader, work, seconds)
+    if whole is None:
+        return {}
+    found = {"loader": whole}
+    reader = reader_of(config.data.train, loader.index)
+    if reader is None:  # nothing is stored apart from the pixels themselves
+        return {**found, "augment": whole}
+    read = read_seconds(reader, work.ids, max(config.data.workers, 1), seconds / 2)
+    decoded = seconds_an_image(loader, without_augmenting(work), seconds) or whole
+    decoded = min(max(decoded, read), whole)
+    return {**found, "read": min(read, whole), "decode": decoded - min(read, whole), "augment": whole - decoded}
+
+
+def read_seconds(reader: ReadSample, ids: np.ndarray, threads: int, seconds: float) -> float:
+    """Time of an image's bytes, read by so many threads in the order of `ids`."""
+    images, begin = 0, time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        while images < len(ids) and (images == 0 or time.perf_counter() - begin < seconds):
+            part = ids[images : images + 16 * threads].tolist()
+            list(pool.map(reader, part))
+            images += len(part)
+    return (time.perf_counter() - begin) / images
+
+
+def cold_read_seconds(path: Path, index: DatasetIndex, ids: np.ndarray, threads: int) -> float | None:
+    """The same after the system was asked to forget the files (a hint: it may keep what others use)."""
+    reader = reader_of(path, index)
+    if reader is None or not hasattr(os, "posix_fadvise"):
+        return None
+    for name in {_file_of(path, index, int(sample)) for sample in ids}:
+        descriptor = os.open(name, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+    return read_seconds(reader, ids, threads, 1.0)
+
+
+def reader_of(path: Path, index: DatasetIndex) -> ReadSample | None:
+    """Reads a sample's stored bytes; None if they do not lie in files one can tell apart."""
+    if not len(index):
+        return None
+    if index.offsets is None:
+        if path.is_dir() and (path / index.names[0]).is_file():
+            return lambda sample: len((path / index.names[sample]).read_bytes())
+        return None
+    lengths = index.lengths
+    if lengths is None:
+        return None
+    offsets = index.offsets
+    starts, files = _containers(path)
+
+    def read(sample: int) -> int:
+        offset = int(offsets[sample])
+        number = int(np.searchsorted(starts, offset, "right")) - 1
+        with files[number].open("rb") as file:
+            file.seek(offset - int(starts[number]))
+            return len(file.read(int(lengths[sample])))
+
+    return read if files else None
+
+
+def _file_of(path: Path, index: DatasetIndex, sample: int) -> Path:
+    if index.offsets is None:
+        return path / index.names[sample]
+    starts, files = _containers(path)
+    return files[int(np.searchsorted(starts, int(index.offsets[sample]), "right")) - 1]
+
+
+def _containers(path: Path) -> tuple[np.ndarray, list[Path]]:
+    """Files that offsets count through: one, or the shards of a folder one after the other."""
+    files = sorted(path.glob("shard-*.tar")) if path.is_dir() else [path]
+    sizes = [file.stat().st_size for file in files]
+    return np.cumsum([0, *sizes[:-1]]), files

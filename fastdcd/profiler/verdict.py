@@ -1,0 +1,461 @@
+"""What limits a run, in words, and what to do about it: a table of rules over a profile."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Profile = dict[str, Any]  # what measure.profile returns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """One thing to do.
+
+    Attributes:
+        text: in words.
+        settings: config keys, as --set takes them.
+        command: to run before, or instead; "" if none.
+        gain: times the images a second that it gives, from measured stages; None if that was not measured.
+    """
+
+    text: str
+    settings: tuple[str, ...] = ()
+    command: str = ""
+    gain: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A limit: the share of the step it takes, from which share on it is one, and what to say and do."""
+
+    kind: str
+    share: Callable[[Profile], float]
+    threshold: float
+    words: Callable[[Profile], str]
+    advice: Callable[[Profile], list[Advice]]
+
+
+def verdict(profile: Profile) -> dict[str, Any]:
+    """The limit of a profiled run: `kind`, `healthy`, `words`, `share`, `advice`, and `notes` on the side."""
+    found = [(rule.share(profile), rule) for rule in RULES]
+    limits = [(share / rule.threshold, share, rule) for share, rule in found if share >= rule.threshold]
+    if limits:
+        _, share, rule = max(limits, key=lambda each: each[0])
+        kind, words, advice = rule.kind, rule.words(profile), rule.advice(profile)
+    else:
+        share = _share(profile, *STUDENT)
+        kind, words, advice = "model-bound", _model_words(profile), _model_advice(profile)
+    return {
+        "kind": kind,
+        "healthy": not limits,
+        "share": share,
+        "words": words,
+        "advice": [asdict(each) for each in advice],
+        "notes": list(_notes(profile)),
+    }
+
+
+# ---- reading a profile
+
+STUDENT = ("student_forward", "backward", "optimizer")
+LOSSES = ("loss.ce", "loss.kd", "loss.dcd", "loss_backward")
+
+
+def _seconds(profile: Profile, *names: str) -> float:
+    return float(sum(profile["stages"].get(name, {"mean": 0.0})["mean"] for name in names))
+
+
+def _total(profile: Profile) -> float:
+    return _seconds(profile, *profile["stages"])
+
+
+def _share(profile: Profile, *names: str) -> float:
+    return _seconds(profile, *names) / _total(profile)
+
+
+def _gain(profile: Profile, saved: float) -> float:
+    """Times the rate, if so many seconds of a step go."""
+    total = _total(profile)
+    return total / max(total - saved, total / 100)
+
+
+def _without_data(profile: Profile) -> float:
+    """Images a second if data cost nothing."""
+    return float(profile["images_per_second"] * _gain(profile, _seconds(profile, "data_wait")))
+
+
+# ---- data
+
+
+def _data_share(stage: str) -> Callable[[Profile], float]:
+    """The wait for data, if `stage` is most of the loader's work."""
+
+    def share(profile: Profile) -> float:
+        parts = {name: value for name, value in profile["loader_seconds_an_image"].items() if name != "loader"}
+        if not parts:
+            return 0.0
+        most = max(parts, key=lambda name: parts[name])
+        return _share(profile, "data_wait") if most == stage else 0.0
+
+    return share
+
+
+def _data_words(stage: str) -> Callable[[Profile], str]:
+    def words(profile: Profile) -> str:
+        parts = profile["loader_seconds_an_image"]
+        return (
+            f"data-bound: the loader delivers {profile['ceilings']['loader']:,.0f} images/s, without waiting for it "
+            f"the step would take {_without_data(profile):,.0f}; {stage} is {parts[stage] / parts['loader']:.0%} of "
+            f"the loader's time, and waiting for data {_share(profile, 'data_wait'):.0%} of the step"
+        )
+
+    return words
+
+
+def _more_workers(profile: Profile) -> list[Advice]:
+    about = profile["about"]
+    cores = max((about["cores"] or 1) // about["processes"], 1)
+    if about["workers"] >= cores or about["backend"] == "resident":
+        return []
+    # workers take the work off the step's own thread; how far that scales here is not known
+    return [
+        Advice(
+            text=f"decode in {cores} workers instead of {about['workers']}: this machine has {about['cores']} cores",
+            settings=(f"data.workers={cores}",),
+        )
+    ]
+
+
+def _storage_advice(profile: Profile) -> list[Advice]:
+    about = profile["about"]
+    advice = []
+    if about["backend"] == "torch":
+        advice.append(
+            _convert(profile, "one file that is read in large pieces, instead of a file an image", "read")
+        )
+    else:
+        advice.append(
+            Advice(
+                text="read neighbouring samples together (a local shuffle): large sequential reads",
+                settings=("data.order=paged",),
+            )
+        )
+    return [*advice, *_more_workers(profile)]
+
+
+def _convert(profile: Profile, text: str, *stages: str) -> Advice:
+    """Conversion to .beton; the gain is a ceiling, reached when the new file makes these stages free."""
+    parts = profile["loader_seconds_an_image"]
+    saved = sum(parts.get(stage, 0.0) for stage in stages) / parts["loader"]
+    limit = _gain(profile, saved * _seconds(profile, "data_wait"))
+    source = profile["about"]["train"]
+    return Advice(
+        text=f"convert the images once: {text} (at most {limit:.1f} times the rate)",
+        command=f"python tools/convert.py ffcv {source} {source}.beton --max-size 256",
+        settings=("data.backend=ffcv", f"data.train={source}.beton"),
+    )
+
+
+def _decode_advice(profile: Profile) -> list[Advice]:
+    advice = _more_workers(profile)
+    if profile["about"]["backend"] == "torch":
+        advice.append(
+            _convert(profile, "smaller JPEGs of at most 256 pixels decode in a fraction of the time", "decode")
+        )
+    elif profile["about"]["backend"] == "ffcv":
+        source = profile["about"]["train"]
+        advice.append(
+            Advice(
+                text="convert again from the original images with a smaller --max-size, or with raw pixels",
+                command=f"python tools/convert.py ffcv SRC {source} --max-size 256 --jpeg-share 0",
+            )
+        )
+    return advice
+
+
+def _augment_advice(profile: Profile) -> list[Advice]:
+    about = profile["about"]
+    advice = _more_workers(profile)
+    if about["teacher_mode"] == "online":
+        advice.append(_cache(profile))
+    if about["backend"] == "torch":
+        advice.append(_convert(profile, "crops of smaller stored images are smaller", "augment"))
+    return advice
+
+
+# ---- the rest
+
+
+def _copy_advice(profile: Profile) -> list[Advice]:
+    advice = [
+        Advice(
+            text="copies should hide behind the step: decode on the GPU, so that only JPEG bytes travel",
+            settings=("data.backend=dali",),
+        )
+    ]
+    if profile["about"]["teacher_mode"] == "online":
+        advice.append(_cache(profile))
+    return advice
+
+
+def _cache(profile: Profile) -> Advice:
+    classifier = profile["alternatives"].get("teacher.mode=cached", 0.0)
+    saved = max(_seconds(profile, "teacher") - classifier, 0.0)
+    about = profile["about"]
+    settings = ("teacher.mode=cached", f"cache.path={about['cache']}")
+    given = [each for each in about["set"] if not each.startswith(("teacher.mode=", "cache.path="))]
+    return Advice(
+        text="cache the teacher's features once; later epochs and later students read them",
+        command="python tools/cache_teacher.py fill --config "
+        + shlex.join([about["config"], "--set", *given, *settings]),
+        settings=settings,
+        gain=_gain(profile, saved),
+    )
+
+
+def _teacher_words(profile: Profile) -> str:
+    return (
+        f"teacher-bound: the teacher's forward pass is {_share(profile, 'teacher'):.0%} of the step, "
+        f"the student's forward and backward {_share(profile, 'student_forward', 'backward'):.0%}"
+    )
+
+
+def _loss_advice(profile: Profile) -> list[Advice]:
+    forms = {key: value for key, value in profile["alternatives"].items() if key.startswith("loss.form=")}
+    advice = []
+    if len(forms) == 2:
+        current = forms[f"loss.form={profile['about']['form']}"]
+        saved = max(current - forms["loss.form=auto"], 0.0)
+        advice.append(
+            Advice(
+                text="let the loss choose its form: tiles instead of whole similarity matrices",
+                settings=("loss.form=auto",),
+                gain=_gain(profile, saved),
+            )
+        )
+    if profile["about"]["processes"] > 1:
+        advice.append(
+            Advice(
+                text="negatives of each process only: less work, another loss", settings=("loss.negatives=local",)
+            )
+        )
+    rows = profile["images_per_step"]
+    advice.append(
+        Advice(
+            text="DCD's work grows with the square of the batch: a smaller one (and its learning rate)",
+            settings=(f"data.batch_size={max(rows // 2, 1)}",),
+        )
+    )
+    return advice
+
+
+def _loss_words(profile: Profile) -> str:
+    each = ", ".join(
+        f"{name.removeprefix('loss.').replace('_', ' ')} {_share(profile, name):.0%}"
+        for name in LOSSES
+        if name in profile["stages"]
+    )
+    return f"loss-bound: the loss terms are {_share(profile, *LOSSES):.0%} of the step ({each})"
+
+
+def _communication_advice(profile: Profile) -> list[Advice]:
+    rows = profile["images_per_step"]
+    return [
+        Advice(
+            text="a larger batch: as many gradients for more images (scale the learning rate)",
+            settings=(f"data.batch_size={2 * rows}",),
+            gain=2 * _total(profile) / (2 * _total(profile) - _seconds(profile, "all_reduce")),
+        )
+    ]
+
+
+def _own(rank: dict[str, Any]) -> float:
+    """What a process does before it first waits for another one, seconds a step."""
+    names = ("data_wait", "copy", "cache_read", "teacher", "student_forward", "other")
+    return float(sum(rank["stages"].get(name, 0.0) for name in names))
+
+
+def _skew(profile: Profile) -> float:
+    """The share of the step that the others wait for the slowest process."""
+    own = sorted(map(_own, profile["ranks"]))
+    return (own[-1] - own[0]) / _total(profile) if len(own) > 1 else 0.0
+
+
+def _straggler_words(profile: Profile) -> str:
+    ranks = sorted(profile["ranks"], key=_own)
+    fast, slow = ranks[0]["stages"], ranks[-1]["stages"]
+    stage = max(slow, key=lambda name: slow[name] - fast.get(name, 0.0) if name != "all_reduce" else 0.0)
+    return (
+        f"a slow process: rank {ranks[-1]['rank']} needs {1000 * _own(ranks[-1]):,.1f} ms a step for its own work and "
+        f"rank {ranks[0]['rank']} {1000 * _own(ranks[0]):,.1f} ms, mostly in {stage}; all wait for the slowest"
+    )
+
+
+def _straggler_advice(profile: Profile) -> list[Advice]:
+    gain = 1 / max(1 - _skew(profile), 0.01)
+    return [
+        Advice(text="look at that rank's machine: other jobs, storage, clocks", command="nvidia-smi", gain=gain)
+    ]
+
+
+def evaluation_share(profile: Profile) -> float:
+    """Share of the time between two evaluations that evaluating takes."""
+    steps = -(-profile["dataset"]["images"] // profile["images_per_step"])
+    training = profile["about"]["eval_every"] * steps * profile["step"]["mean"]
+    evaluating = float(profile["evaluation"]["seconds"])
+    return evaluating / (evaluating + training)
+
+
+def _evaluation_advice(profile: Profile) -> list[Advice]:
+    every, share = profile["about"]["eval_every"], evaluation_share(profile)
+    return [
+        Advice(
+            text="evaluate less often",
+            settings=(f"eval.every={5 * every}",),
+            gain=1 / (1 - share + share / 5),
+        )
+    ]
+
+
+def _optimizer_advice(profile: Profile) -> list[Advice]:
+    rows = profile["images_per_step"]
+    return [
+        Advice(
+            text="fewer, larger steps (scale the learning rate)",
+            settings=(f"data.batch_size={2 * rows}",),
+        )
+    ]
+
+
+RULES = (
+    *(
+        Rule(
+            kind=kind,
+            share=_data_share(stage),
+            threshold=0.1,
+            words=_data_words(stage),
+            advice=advice,
+        )
+        for kind, stage, advice in (
+            ("storage-bound", "read", _storage_advice),
+            ("decode-bound", "decode", _decode_advice),
+            ("augment-bound", "augment", _augment_advice),
+        )
+    ),
+    Rule(
+        kind="copy-bound",
+        share=lambda profile: _share(profile, "copy"),
+        threshold=0.1,
+        words=lambda profile: (
+            f"copy-bound: bringing batches to the device is {_share(profile, 'copy'):.0%} of the step and hides "
+            "behind nothing"
+        ),
+        advice=_copy_advice,
+    ),
+    Rule(
+        kind="cache-bound",
+        share=lambda profile: _share(profile, "cache_read"),
+        threshold=0.15,
+        words=lambda profile: (
+            f"cache-bound: reading the teacher cache is {_share(profile, 'cache_read'):.0%} of the step"
+        ),
+        advice=lambda profile: [
+            Advice(text="half the bytes a row; fill the cache again", settings=("cache.dtype=uint8",)),
+        ],
+    ),
+    Rule(
+        kind="teacher-bound",
+        share=lambda profile: _share(profile, "teacher"),
+        threshold=0.2,
+        words=_teacher_words,
+        advice=lambda profile: [_cache(profile)],
+    ),
+    Rule(
+        kind="loss-bound",
+        share=lambda profile: _share(profile, *LOSSES),
+        threshold=0.3,
+        words=_loss_words,
+        advice=_loss_advice,
+    ),
+    Rule(
+        kind="straggler",
+        share=_skew,
+        threshold=0.1,
+        words=_straggler_words,
+        advice=_straggler_advice,
+    ),
+    Rule(
+        kind="communication-bound",
+        share=lambda profile: _share(profile, "all_reduce"),
+        threshold=0.2,
+        words=lambda profile: (
+            f"communication-bound: waiting for other processes' gradients is {_share(profile, 'all_reduce'):.0%} "
+            "of the step"
+        ),
+        advice=_communication_advice,
+    ),
+    Rule(
+        kind="evaluation-bound",
+        share=evaluation_share,
+        threshold=0.3,
+        words=lambda profile: f"evaluation-bound: evaluating is {evaluation_share(profile):.0%} of a run's time",
+        advice=_evaluation_advice,
+    ),
+    Rule(
+        kind="optimizer-bound",
+        share=lambda profile: _share(profile, "optimizer", "other"),
+        threshold=0.5,
+        words=lambda profile: (
+            f"too small a batch: the optimizer and the loop around it are {_share(profile, 'optimizer', 'other'):.0%} of "
+            "the step, whatever the batch"
+        ),
+        advice=_optimizer_advice,
+    ),
+)
+
+
+# ---- healthy
+
+
+def _model_words(profile: Profile) -> str:
+    return (
+        f"healthy: the student itself is the limit, {_share(profile, *STUDENT):.0%} of the step; "
+        f"{profile['images_per_second']:,.0f} images/s of the {profile['ceilings']['synthetic']:,.0f} that are reached "
+        "without any data"
+    )
+
+
+def _model_advice(profile: Profile) -> list[Advice]:
+    about = profile["about"]
+    if about["device"] == "cpu":
+        return []
+    choices = {
+        "train.precision=bf16": about["precision"] == "fp32",
+        "train.compile=true": not about["compile"],
+        "student.channels_last=true": not about["channels_last"],
+    }
+    return [Advice(text="a faster student; try it", settings=(key,)) for key, useful in choices.items() if useful]
+
+
+def _notes(profile: Profile) -> Iterable[str]:
+    """What limits nothing now, but is worth knowing."""
+    about, memory = profile["about"], profile["memory"]
+    teacher = _share(profile, "teacher")
+    if about["teacher_mode"] == "online" and teacher < 0.1:
+        yield f"the teacher is {teacher:.0%} of the step: a cache would save little, do not bother"
+    if memory["device_total"] and memory["device_peak"] < 0.5 * memory["device_total"]:
+        unused = (memory["device_total"] - memory["device_peak"]) / 2**30
+        yield f"{unused:.0f} GiB of GPU memory are unused: room for a larger data.batch_size, or data.backend=resident"
+    cold = profile["cold"]["read_seconds_an_image"]
+    steps_rate = profile["images_per_second"] / about["processes"]
+    if cold and cold * steps_rate > 1:
+        yield (
+            f"a first epoch from cold storage is limited to {about['processes'] / cold:,.0f} images/s, "
+            f"{cold * steps_rate:.1f} times slower than later ones"
+        )
+    if about["workers"] > (os.cpu_count() or 1):
+        yield f"data.workers={about['workers']} is more than this machine's {os.cpu_count()} cores"
