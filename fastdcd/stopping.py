@@ -8,13 +8,14 @@ from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 
 class StopRequest:
     """Within its context a first SIGTERM or Ctrl-C asks the loop to stop; a second ends the process.
 
     All processes must stop at the same step, so with several of them the question is put to all every
-    few steps only.
+    few steps only, with the numbers that are logged.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -39,12 +40,18 @@ class StopRequest:
             signal.signal(number, handler)
         self._previous = {}
 
-    def poll(self, step: int, *, every: int, limit: int) -> None:
-        """Decide after `step` whether to stop: at step `limit` (0: never), or on a signal to any process."""
+    def vote(self) -> dict[str, Tensor]:
+        """Whether this process wants to stop, to travel with the logged means; nothing waits for the device."""
+        return {"stop": torch.full((), float(self._received), device=self._accelerator.device)}
+
+    def poll(self, step: int, *, limit: int, votes: float | None) -> None:
+        """Decide after `step` whether to stop: at step `limit` (0: never), or on a signal to any process.
+
+        `votes` is the mean of all processes' votes, where they have just been exchanged.
+        """
         if limit and step >= limit:
             self.requested = True
         elif self._accelerator.num_processes == 1:
             self.requested = self._received
-        elif step % every == 0:
-            flag = torch.tensor(float(self._received), device=self._accelerator.device)
-            self.requested = bool(self._accelerator.reduce(flag, reduction="sum") > 0)
+        elif votes is not None:
+            self.requested = votes > 0

@@ -112,11 +112,13 @@ def train(cfg: Config) -> dict[str, Any]:
                 progress = replace(progress, step=progress.step + 1, step_in_epoch=progress.step_in_epoch + 1)
                 bar.update()
                 last = progress.step_in_epoch == plan.steps
+                votes = None
                 if progress.step % cfg.train.log_every == 0 or last:
-                    values = {"lr": rate, **means.take(accelerator, guard.take()), **watch.take()}
-                    metrics.write("train", epoch=epoch, step=progress.step, **values)
+                    values = means.take(accelerator, {**guard.take(), **stop.vote()})  # waits for the device
+                    votes = values.pop("stop")
+                    metrics.write("train", epoch=epoch, step=progress.step, lr=rate, **values, **watch.take())
                     guard.check(values["skipped_in_a_row"])
-                stop.poll(progress.step, every=cfg.train.log_every, limit=cfg.train.max_steps)
+                stop.poll(progress.step, limit=cfg.train.max_steps, votes=votes)
                 if stop.requested or last:
                     break
                 if cfg.train.checkpoint_every and progress.step % cfg.train.checkpoint_every == 0:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdcd import config, experiment, filling, fused, tiled_dcd
 from fastdcd.config import Loss
@@ -96,6 +98,33 @@ def run_training(file: Path, overrides: list[str]) -> None:
 def with_bad_rank(bad: str, file: Path) -> None:
     os.environ["BAD_RANK"] = bad
     run_training(file, [])
+
+
+class Lists(TorchFunctionMode):
+    """Counts Tensor.tolist, which reads all numbers of a tensor at once."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is Tensor.tolist
+        return func(*args, **(kwargs or {}))
+
+
+class Numbers(TorchDispatchMode):
+    """Counts reads of a single number: item(), float(), bool() and their like."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def count_reads(file: Path) -> None:
+    """Train, and write how often numbers were read from tensors."""
+    with Numbers() as numbers, Lists() as lists:
+        train(config.load(file))
+    (file.parent / f"reads-{os.environ.get('RANK', 0)}").write_text(str(numbers.count + lists.count))
 
 
 def run_fill(file: Path) -> None:
