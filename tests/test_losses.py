@@ -135,6 +135,26 @@ def test_triton(n: int, masked: bool) -> None:
         assert ours <= 3 * budget + 1e-3
 
 
+def test_triton_rows_of_one_process() -> None:
+    """A process's rows among those of others, some of which are not there: as by tiles, to bfloat16's precision."""
+    device = need_triton("triton")
+    from fastdcd import triton_dcd
+
+    z_s, z_t = (z.bfloat16().float().to(device) for z in embeddings(70, "random"))
+    groups = torch.arange(70, device=device) // 2
+    groups[30:35] = -1
+    rows = tiled_dcd.Rows(
+        z_s=z_s, z_t=z_t, first=35, count=21, tau=torch.tensor(5.0, device=device), groups=groups
+    )
+    everyone = tiled_dcd.sums(tiled_dcd.Rows(z_s=z_s, z_t=z_t, first=0, count=70, tau=rows.tau, groups=groups))
+    for ours, theirs in zip(triton_dcd.sums(rows), tiled_dcd.sums(rows), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(
+        triton_dcd.gradients(rows, everyone, ALPHA), tiled_dcd.gradients(rows, everyone, ALPHA), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2 * float(theirs.abs().max()))
+
+
 def test_triton_in_its_interpreter() -> None:
     """The kernels' arithmetic on the CPU, odd shapes and masks; a GPU runs test_triton itself."""
     if torch.cuda.is_available():
@@ -154,7 +174,7 @@ def test_triton_in_its_interpreter() -> None:
     ran = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True
     )
-    assert ran.returncode == 0 and "8 passed" in ran.stdout, ran.stdout
+    assert ran.returncode == 0 and "9 passed" in ran.stdout, ran.stdout
 
 
 def test_gradcheck() -> None:
@@ -163,6 +183,15 @@ def test_gradcheck() -> None:
     inputs = [each.requires_grad_() for each in (z_s, z_t, tau)]
     for labels in (None, torch.arange(9) // 2):
         assert torch.autograd.gradcheck(lambda *z: fused.dcd(*z, form="tiled", labels=labels).loss, inputs)  # noqa: B023
+
+
+def test_compiled_is_naive() -> None:
+    z_s, z_t = (z.float() for z in embeddings(37, "random"))
+    tau = torch.tensor(5.0)
+    exact = evaluate(lambda *z: fused.dcd(*z, form="naive").loss, z_s, z_t, tau)
+    found = evaluate(lambda *z: fused.dcd(*z, form="compiled").loss, z_s, z_t, tau)
+    for ours, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_parts_add_up_and_carry_no_gradient() -> None:
@@ -276,6 +305,7 @@ def test_gradients_of_both_heads(form: str, masked: bool) -> None:
 
     parameters = [*term.student_head.parameters(), *term.teacher_head.parameters(), term.log_tau]
     exact = evaluate(whole, *(each.detach().double() for each in parameters))
+    assert float(loss.detach()) == pytest.approx(float(exact[0]), rel=1e-6)
     found = [loss, *(each.grad for each in parameters)]
     for ours, theirs in zip(found, exact, strict=True):
         torch.testing.assert_close(ours.detach().double(), theirs, rtol=1e-5, atol=1e-6)

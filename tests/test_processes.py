@@ -318,6 +318,23 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(
     assert steps == sorted(set(steps)) and lost_at - 5 <= steps[-1] <= lost_at + 9
 
 
+def test_a_signal_to_one_process_stops_all(digits: Digits, students: Path, tmp_path: Path) -> None:
+    student = {"model": f"{students}:plain"}
+    file = digits.file(
+        tmp_path / "x.yaml", student=student, teacher={"mode": "none"}, train={"epochs": 10_000, "log_every": 4}
+    )
+    processes = start(2, ranks.run_training, file, ["eval.every=10000"])
+    end = time.monotonic() + 60
+    while last_step(tmp_path / "run") < 8 and time.monotonic() < end:
+        time.sleep(0.05)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0, 0]
+    saved = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert int(saved.stem.split("-")[1]) == last_step(tmp_path / "run") >= 8
+
+
 def test_every_accelerate_config_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
