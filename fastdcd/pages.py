@@ -30,7 +30,7 @@ code { background: var(--back); border: 1px solid var(--line); border-radius: 5p
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px }
 th { text-align: right; color: var(--soft); font-weight: 500; border-bottom: 1px solid var(--line); padding: 4px 8px }
 td { text-align: right; padding: 5px 8px; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child { text-align: left; padding-left: 0 } tr:last-child td { border-bottom: 0 }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: nowrap } tr:last-child td { border-bottom: 0 }
 svg { display: block; width: 100%; height: auto } svg text { fill: var(--ink); font-size: 12px } svg .soft { fill: var(--soft) }
 svg .axis { stroke: var(--line) } svg .mark { stroke: var(--ink); stroke-dasharray: 3 3 }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px; margin-bottom: 8px }

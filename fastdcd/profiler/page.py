@@ -72,7 +72,7 @@ def page(profile: dict[str, Any]) -> str:
     return pages.document("Where the time goes", subtitle, parts)
 
 
-_WAITS = "Seconds that each step waited for its batch; heights are square roots of counts."
+_WAITS = "How long each step waited for its batch; heights are square roots of counts."
 _CEILINGS = (
     "Synthetic: no data at all. Replay: real batches kept in memory. Plain cross-entropy: the student without "
     "distillation, on synthetic data. Loader: batches made and thrown away."

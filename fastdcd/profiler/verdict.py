@@ -42,9 +42,9 @@ class Rule:
 def verdict(profile: Profile) -> dict[str, Any]:
     """The limit of a profiled run: `kind`, `healthy`, `words`, `share`, `advice`, and `notes` on the side."""
     found = [(rule.share(profile), rule) for rule in RULES]
-    limits = [(share / rule.threshold, share, rule) for share, rule in found if share >= rule.threshold]
+    limits = [(share, rule) for share, rule in found if share >= rule.threshold]
     if limits:
-        _, share, rule = max(limits, key=lambda each: each[0])
+        share, rule = max(limits, key=lambda each: each[0])  # where most can be won
         kind, words, advice = rule.kind, rule.words(profile), rule.advice(profile)
     else:
         share = _share(profile, *STUDENT)

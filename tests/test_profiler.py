@@ -1,0 +1,335 @@
+"""The profiler: a fault that is planted is the one it names, its times add up, its pages open, its advice works."""
+
+import json
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Generator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import BOTH, Digits, absent, forget_accelerate, run_program
+
+from fastdcd import config, models, weights
+from fastdcd.profiler import measure
+from fastdcd.profiler.projection import project, step_seconds
+from fastdcd.profiler.verdict import verdict
+from pipelines import prefetch, torch_loader
+from pipelines.base import LoaderOptions, open_loader
+from pipelines.plan import EpochPlan
+from pipelines.views import Center
+
+TOOL = "tools/profile_throughput.py"
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps a measurement: what is planted here is large."""
+    monkeypatch.setattr(measure, "LEAST", 8)
+
+
+def found(cfg: config.Config, seconds: float = 2.0) -> dict[str, Any]:
+    profile = measure.profile(cfg, seconds=seconds)
+    profile["verdict"] = verdict(profile)
+    forget_accelerate()
+    return profile
+
+
+def slowed(function: Callable[..., Any], seconds: float, when: Callable[..., bool] = lambda *_: True) -> Any:
+    """The function, which first sleeps."""
+
+    def slow(*arguments: Any) -> Any:
+        if when(*arguments):
+            time.sleep(seconds)
+        return function(*arguments)
+
+    return slow
+
+
+# A student that takes a few milliseconds, fed from files by the training process itself.
+FILES = {"backend": "torch", "workers": 0, "batch_size": 32}
+STUDENT = {"model": "cifar:resnet8", "image_size": 8}
+NONE = {"mode": "none"}
+
+
+def files(digits: Digits) -> dict[str, Any]:
+    return {**FILES, "train": str(digits.folder / "train"), "val": str(digits.folder / "val")}
+
+
+# ---- planted faults
+
+
+def test_a_healthy_run_is_called_healthy(digits: Digits, tmp_path: Path) -> None:
+    profile = found(digits.config(tmp_path, student={**STUDENT, "image_size": 16}, teacher=NONE))
+    assert profile["verdict"]["kind"] == "model-bound" and profile["verdict"]["healthy"], profile["verdict"]
+    assert profile["verdict"]["words"].startswith("healthy")
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "name", "when"),
+    [
+        ("storage-bound", Path, "read_bytes", lambda path: path.suffix == ".png"),
+        ("decode-bound", torch_loader, "decode", lambda data: True),
+        ("augment-bound", torch_loader, "render", lambda image, box, flip, size: size > 1),
+    ],
+)
+def test_a_slow_stage_of_loading_is_named(
+    kind: str,
+    where: Any,
+    name: str,
+    when: Callable[..., bool],
+    digits: Digits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(where, name, slowed(getattr(where, name), 2e-3, when))
+    profile = found(digits.config(tmp_path, data=files(digits), student=STUDENT, teacher=NONE))
+    assert profile["verdict"]["kind"] == kind, profile["verdict"]
+    assert profile["ceilings"]["replay"] > 1.5 * profile["images_per_second"]
+    assert any("data.workers=" in setting for each in profile["verdict"]["advice"] for setting in each["settings"])
+
+
+def test_a_copy_that_hides_behind_nothing_is_named(
+    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = prefetch.prefetch
+
+    def waiting(*arguments: Any) -> Generator[Any, None, None]:
+        for item in original(*arguments):
+            time.sleep(0.05)
+            yield item
+
+    monkeypatch.setattr(prefetch, "prefetch", waiting)
+    profile = found(digits.config(tmp_path, student=STUDENT, teacher=NONE))
+    assert profile["verdict"]["kind"] == "copy-bound", profile["verdict"]
+
+
+def large_teacher(folder: Path) -> dict[str, Any]:
+    """An untrained network: a forward pass takes as long."""
+    network = models.build("cifar:resnet32x4", classes=10)
+    weights.save(folder / "large.safetensors", network.original_state_dict())
+    return {"mode": "online", "model": "cifar:resnet32x4", "checkpoint": str(folder / "large.safetensors")}
+
+
+def test_a_large_teacher_is_named_and_caching_it_gains_what_was_promised(digits: Digits, tmp_path: Path) -> None:
+    sections = {"teacher": large_teacher(tmp_path), "loss": BOTH, "views": {"count": 1}}
+    file = digits.file(tmp_path / "online.yaml", **sections)
+    out = tmp_path / "profile.json"
+    ran = run_program(
+        TOOL, "--config", file, "--seconds", 2, "--json", out, "--set", f"cache.path={tmp_path / 'cache'}"
+    )
+    assert ran.code == 0, ran.err
+    before = json.loads(out.read_text())
+    assert before["verdict"]["kind"] == "teacher-bound", before["verdict"]
+    (advice,) = before["verdict"]["advice"]
+
+    # the advice as it was printed
+    python, program, *arguments = shlex.split(advice["command"])
+    assert python == "python" and advice["command"] in ran.out
+    forget_accelerate()
+    assert run_program(program, *arguments).code == 0
+    forget_accelerate()
+    after = found(config.load(file, advice["settings"]))
+    gain = before["step"]["median"] / after["step"]["median"]
+    assert gain >= 0.8 * advice["gain"], f"{gain} of {advice['gain']} promised"
+
+
+def test_a_loss_over_many_rows_is_named(digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LEAST", 3)
+    many = {"backend": "synthetic", "train": "6000x10", "val": "200x10", "batch_size": 1536}
+    sections = {"data": many, "teacher": {"mode": "online"}, "loss": {**BOTH, "form": "naive"}}
+    profile = found(digits.config(tmp_path, **sections, student={"image_size": 4}), seconds=1)
+    assert profile["verdict"]["kind"] == "loss-bound", profile["verdict"]
+    first = profile["verdict"]["advice"][0]
+    assert first["settings"] == ("loss.form=auto",) and first["gain"] >= 1
+
+
+def test_evaluation_that_takes_most_of_a_run_is_named(digits: Digits, tmp_path: Path) -> None:
+    data = {"backend": "synthetic", "train": "128x10", "val": "4000x10"}
+    profile = found(digits.config(tmp_path, data=data, student=STUDENT, teacher=NONE), seconds=1)
+    assert profile["verdict"]["kind"] == "evaluation-bound", profile["verdict"]
+    assert profile["verdict"]["advice"][0]["settings"] == ("eval.every=5",)
+
+
+# ---- the measurement itself
+
+
+def test_stages_add_up_to_the_step_and_marking_them_costs_little(digits: Digits, tmp_path: Path) -> None:
+    """The step is measured on other steps than the stages, without any marks."""
+    cfg = digits.config(tmp_path, student=STUDENT, teacher={"mode": "online"}, loss=BOTH)
+    closest = min(
+        abs(sum(each["mean"] for each in profile["stages"].values()) / profile["step"]["mean"] - 1)
+        for profile in (found(cfg, seconds=3) for _ in range(3))  # the machine may be busy with something else
+    )
+    assert closest < 0.1
+
+
+def test_projection_adds_what_the_ring_exposes(profile: dict[str, Any]) -> None:
+    alone = step_seconds(profile, 1, 1e9)
+    assert alone == pytest.approx(sum(each["mean"] for each in profile["stages"].values()))
+    assert step_seconds(profile, 8, 1.0) > 1e3 * alone, "a byte a second cannot hide"
+    one, eight = project(profile, gpus=(1, 8), bandwidth=1e15, price=2.0)
+    assert one["epoch_seconds"] / eight["epoch_seconds"] == pytest.approx(8, rel=1e-3)
+    assert one["cost"] == pytest.approx(one["recipe_seconds"] / 3600 * 2)
+
+
+@pytest.fixture(scope="module")
+def written(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a profile as JSON and as a page, and a trace."""
+    folder = tmp_path_factory.mktemp("profile")
+    file = digits.file(folder / "both.yaml", loss=BOTH, teacher={"mode": "online"})
+    arguments = ["--json", folder / "a.json", "--html", folder / "a.html", "--trace", folder / "trace.json"]
+    ran = run_program(TOOL, "--config", file, "--seconds", 1, "--price", 2, *arguments)
+    forget_accelerate()
+    assert ran.code == 0, ran.err
+    assert "verdict:" in ran.out and "PROJECTION" in ran.out
+    return folder
+
+
+@pytest.fixture
+def profile(written: Path) -> dict[str, Any]:
+    return dict(json.loads((written / "a.json").read_text()))
+
+
+def test_profiling_writes_nothing_of_the_run(written: Path, profile: dict[str, Any]) -> None:
+    assert not (written / "run").exists()
+    assert profile["format"] == measure.FORMAT
+    assert set(profile["stages"]) <= set(measure.STAGES)
+
+
+def test_the_trace_names_stages(written: Path) -> None:
+    names = {event.get("name") for event in json.loads((written / "trace.json").read_text())["traceEvents"]}
+    assert {"after teacher", "after backward"} <= names
+
+
+def test_comparing_says_whether_a_difference_exceeds_the_spread(written: Path, profile: dict[str, Any]) -> None:
+    slower = json.loads(json.dumps(profile))
+    for key in ("median", "quartile_25", "quartile_75", "mean"):
+        slower["stages"]["teacher"][key] *= 10
+    (written / "b.json").write_text(json.dumps(slower))
+    ran = run_program(TOOL, "--compare", written / "a.json", written / "b.json")
+    lines = {line.split()[0]: line for line in ran.out.splitlines()}
+    assert "10.00  beyond the spread" in lines["teacher"]
+    assert "1.00  within the spread" in lines["step"]
+
+
+def test_bad_input_is_one_line(written: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"format": "something"}')
+    for arguments in (
+        ["--compare", written / "a.json", tmp_path / "other.json"],
+        ["--compare", written / "a.json", written / "both.yaml"],
+        ["--config", written / "both.yaml", "--html", tmp_path / "nowhere" / "a.html"],
+    ):
+        ran = run_program(TOOL, *arguments)
+        assert ran.code == 2 and ran.err.count("\n") == 1, ran.err
+
+
+# ---- ceilings as backends
+
+
+def test_replay_shows_the_first_batches_again(digits: Digits) -> None:
+    path = digits.resident / "train"
+    with (
+        open_loader("replay:resident", path, LoaderOptions()) as loader,
+        open_loader("resident", path, LoaderOptions()) as plain,
+    ):
+        plan = EpochPlan(
+            index=loader.index,
+            family=Center(),
+            view_seed=0,
+            view=0,
+            order=plain.index.labels.argsort(),
+            batch_size=60,
+        )
+        work = plan.work((8,))
+        replayed, planned = list(loader.epoch(work)), list(plain.epoch(work))
+    assert [len(batch.ids) for batch in replayed] == [len(batch.ids) for batch in planned] == [60] * 8 + [20]
+    for number, batch in enumerate(replayed):
+        original = planned[number % 4]
+        rows = len(batch.ids)
+        assert torch.equal(batch.images[0], original.images[0][:rows])
+        assert torch.equal(batch.ids, original.ids[:rows]) and torch.equal(batch.labels, original.labels[:rows])
+
+
+def test_synthetic_follows_the_plan_without_files() -> None:
+    with open_loader("synthetic", Path("100x7"), LoaderOptions()) as loader:
+        plan = EpochPlan(
+            index=loader.index,
+            family=Center(),
+            view_seed=0,
+            view=0,
+            order=loader.index.labels.argsort(),
+            batch_size=30,
+        )
+        batches = list(loader.epoch(plan.work((8, 12))))
+    assert [len(batch.ids) for batch in batches] == [30, 30, 30, 10]
+    assert all(
+        each.shape[2] == size for batch in batches for each, size in zip(batch.images, (8, 12), strict=True)
+    )
+    assert torch.equal(
+        torch.cat([batch.ids for batch in batches]) % 7, torch.cat([batch.labels for batch in batches])
+    )
+
+
+@pytest.mark.parametrize("backend", ["synthetic", "replay", "replay:nothing", "replay:synthetic"])
+def test_ceilings_name_what_they_need(backend: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"SAMPLESxCLASSES|replay:torch|expected one of"):
+        open_loader(backend, tmp_path, LoaderOptions())
+
+
+# ---- pages
+
+
+def chromium(page: Path, profile: Path) -> subprocess.CompletedProcess[str]:
+    """Open a page in a browser; its document, and what it had to say."""
+    program = shutil.which("chromium")
+    if program is None:
+        absent("no chromium: sh tools/system_packages.sh installs it")
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom"
+    )
+    command = [str(program), *flags.split(), f"--user-data-dir={profile}", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+class Figures(HTMLParser):
+    """What a page consists of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.cards: dict[str, int] = {}
+        self.outside: list[str] = []
+        self._card = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        if tag == "section":
+            self._card = values.get("id") or ""
+            self.cards[self._card] = 0
+        if tag in ("rect", "polyline", "circle", "td") and self._card:
+            self.cards[self._card] += 1
+        self.outside += [v for k, v in attributes if k in ("src", "href") and v and not v.startswith("data:")]
+
+
+def opened(page: Path, tmp_path: Path) -> Figures:
+    done = chromium(page, tmp_path / "browser")
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr, done.stderr
+    figures = Figures(done.stdout)
+    assert not figures.outside, "a page stands alone"
+    assert "http" not in page.read_text().replace("http-equiv", "")
+    return figures
+
+
+def test_the_page_of_a_profile_opens_with_all_its_figures(written: Path, tmp_path: Path) -> None:
+    cards = opened(written / "a.html", tmp_path).cards
+    assert set(cards) == {"verdict", "waterfall", "waits", "ceilings", "memory", "ranks", "projection"}
+    assert all(marks for name, marks in cards.items() if name != "verdict"), cards
+    profile = json.loads((written / "a.json").read_text())
+    assert cards["waterfall"] == len(profile["stages"])

@@ -1,0 +1,141 @@
+"""Draw one or several runs as a page: accuracy, loss terms, temperature, throughput and waiting for data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
+
+from fastdcd import cli, pages
+from fastdcd.pages import Line
+from fastdcd.profiler.table import duration
+from pipelines.files import replace_file
+
+# Figures in order: key of metrics.jsonl, kind of line, title, unit. One is drawn if a run has its key.
+FIGURES = (
+    ("top1", "eval", "Accuracy, top-1", "%"),
+    ("top5", "eval", "Accuracy, top-5", "%"),
+    ("loss", "train", "Loss", "nats"),
+    ("ce", "train", "Cross-entropy", "nats"),
+    ("kd", "train", "KD", "nats x T²"),
+    ("dcd_contrast", "train", "DCD, contrast", "nats"),
+    ("dcd_consist", "train", "DCD, consistency", "nats"),
+    ("tau", "train", "Temperature tau", ""),
+    ("lr", "train", "Learning rate", ""),
+    ("images_per_second", "train", "Throughput", "images/s"),
+    ("data_wait", "train", "Waiting for data", "share of the step"),
+    ("skipped_steps", "train", "Steps skipped", ""),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run wrote: its lines of metrics.jsonl and its summary, {} while it still runs."""
+
+    name: str
+    lines: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    def curve(self, key: str, kind: str) -> Line:
+        """The points (step, value) of a key. A step that was not finite has none."""
+        chosen = [line for line in self.lines if line["kind"] == kind and line.get(key) is not None]
+        return Line(self.name, [(float(line["step"]), float(line[key])) for line in chosen])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="report.py",
+        description=__doc__,
+        epilog="example: python tools/report.py runs/digits/*-0 --html report.html",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs (run.dir)")
+    parser.add_argument(
+        "--html", type=Path, default=Path("report.html"), metavar="F", help="the page (default report.html)"
+    )
+    arguments = parser.parse_args()
+    folders = [path for path in arguments.runs if (path / "metrics.jsonl").is_file()]
+    if not folders:
+        raise ValueError(f"{arguments.runs[0]}: no metrics.jsonl; expected the folder of a run (run.dir)")
+    for path in arguments.runs:
+        if path not in folders:
+            print(f"report.py: {path} has no metrics.jsonl and is left out", file=sys.stderr)
+    if not arguments.html.absolute().parent.is_dir():
+        raise ValueError(f"{arguments.html}: its folder does not exist; make it first")
+    runs = [read(path, name) for path, name in zip(folders, names(folders), strict=True)]
+    with replace_file(arguments.html) as file:
+        file.write(page(runs).encode())
+    print(f"{arguments.html}: {len(runs)} run{'s' if len(runs) > 1 else ''}")
+    return 0
+
+
+def names(folders: list[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    whole = [path.resolve().parts for path in folders]
+    for length in range(1, max(map(len, whole)) + 1):
+        ends = ["/".join(parts[-length:]) for parts in whole]
+        if len(set(ends)) == len(ends):
+            return ends
+    raise ValueError("the same run is given twice")
+
+
+def read(folder: Path, name: str) -> Run:
+    """Read a run, finished or not. Raises ValueError for lines that are not JSON."""
+    text = (folder / "metrics.jsonl").read_text()
+    whole = text[: text.rfind("\n") + 1].splitlines()  # a last line may be half written
+    try:
+        lines = [json.loads(line) for line in whole]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'metrics.jsonl'}: not JSON ({error})") from None
+    summary = folder / "summary.json"
+    return Run(name=name, lines=lines, summary=json.loads(summary.read_text()) if summary.is_file() else {})
+
+
+def page(runs: list[Run]) -> str:
+    """The page of some runs."""
+    key = [run.name for run in runs]
+    cards = []
+    for value, kind, title, unit in FIGURES:
+        lines = [line for run in runs if (line := run.curve(value, kind)).points]
+        if not any(y for line in lines for _, y in line.points):
+            continue  # no run has it, or nothing ever happened
+        figure = pages.chart(lines, x="step", y=unit, key=key)
+        cards.append(pages.card(title, figure, name=value))
+    head = ("", "top-1, %", "best, %", "epochs", "steps", "training", "images/s", "data wait", "parameters")
+    parts = [
+        pages.card("Runs", pages.table(head, [_row(run) for run in runs]), name="runs"),
+        f'<div class="card">{pages.legend(key)}</div>',
+        pages.grid(cards),
+    ]
+    ending = "" if len(runs) == 1 else f" and {len(runs) - 1} more"
+    return pages.document("Runs" if len(runs) > 1 else runs[0].name, f"{runs[0].name}{ending}", parts)
+
+
+def _row(run: Run) -> list[str]:
+    accuracy, done = run.curve("top1", "eval").points, run.summary
+    rate, wait = (run.curve(key, "train").points for key in ("images_per_second", "data_wait"))
+    seconds = [line["seconds"] for line in run.lines if line["kind"] == "epoch"]
+    return [
+        run.name + ("" if done.get("finished") else " (not finished)"),
+        f"{accuracy[-1][1]:.2f}" if accuracy else "-",
+        f"{max(y for _, y in accuracy):.2f}" if accuracy else "-",
+        f"{len(seconds)}",
+        f"{run.lines[-1]['step']:,}" if run.lines else "0",
+        duration(seconds[-1]) if seconds else "-",
+        f"{_middle(rate):,.0f}",
+        f"{_middle(wait):.1%}",
+        f"{done['student_parameters']:,}" if "student_parameters" in done else "-",
+    ]
+
+
+def _middle(points: Any) -> float:
+    values = sorted(y for _, y in points)
+    return values[len(values) // 2] if values else 0.0
+
+
+if __name__ == "__main__":
+    cli.run(main)
