@@ -1,8 +1,7 @@
 """The DALI executor: one pipeline for CPU and GPU, driven by the plan.
 
-Reads the shards of `tools/convert.py shards`, or an ImageFolder as it is. DALI decodes around each box
-(more than the box: at the edge of a partial decode, chroma has no neighbour to be interpolated with), crops
-exactly, resizes and mirrors. On a GPU, `decode` is a mixture of the JPEG engine and CUDA kernels.
+Reads the shards of `tools/convert.py shards`, or an ImageFolder as it is. DALI decodes the part of an image that
+its boxes need, crops, resizes and mirrors. On a GPU, decoding is shared by the JPEG engine and CUDA kernels.
 
 What the JPEG decoders of CPU and GPU could see differently (CMYK, grayscale, PNG named .JPEG ...) is
 decoded here the way the torch executor does it and handed to DALI as plain pixels: all backends agree on
@@ -33,7 +32,6 @@ from pipelines.shards import INDEX, ShardReader
 Encoded = NDArray[np.uint8]  # [length] an encoded file
 
 AHEAD = 2  # batches in the pipeline besides the one in use
-MARGIN = 16  # pixels decoded around a box: the widest chroma interpolation and JPEG block
 
 
 def _import_dali() -> ModuleType:
@@ -160,6 +158,7 @@ class DALILoader(Loader):
             workers=max(self._options.workers, 1),
             device=self._options.device,
             hw_decoder_load=self._options.hw_decoder_load,
+            exact=_exact(work, self.index.sizes),
         )
         if self._pipeline is not None and self._pipeline.shape != shape:
             self._drop_pipeline()
@@ -252,10 +251,10 @@ class _Inputs:
     places: _Places
     flips: NDArray[np.int32]  # [R, n]
 
-    def arrays(self) -> list[Any]:
+    def arrays(self, exact: bool) -> list[Any]:
         """In the order of the pipeline's inputs."""
-        boxes = zip(self.places.box_start, self.places.box_shape, self.flips, strict=True)
-        return [self.files, self.places.start, self.places.shape, *(array for box in boxes for array in box)]
+        boxes = [] if exact else [*self.places.box_start, *self.places.box_shape]
+        return [self.files, self.places.start, self.places.shape, *self.flips, *boxes]
 
 
 @dataclass(frozen=True)
@@ -274,13 +273,21 @@ class _Places:
 
 
 def _place(boxes: NDArray[np.int32], sizes: NDArray[np.int32]) -> _Places:
-    """The part to decode that holds all boxes [R, n, 4] of each image, with a margin."""
+    """The part to decode that holds all boxes [R, n, 4] of each image."""
     top_left, shape = boxes[:, :, :2], boxes[:, :, 2:]
-    start = (top_left.min(0) - MARGIN).clip(0, sizes - 1)
-    end = ((top_left + shape).max(0) + MARGIN).clip(start + 1, sizes)
+    start = top_left.min(0).clip(0, sizes - 1)
+    end = (top_left + shape).max(0).clip(start + 1, sizes)
     return _Places(
         start=start, shape=end - start, box_start=top_left - start, box_shape=np.ascontiguousarray(shape)
     )
+
+
+def _exact(work: Work, sizes: NDArray[np.int32]) -> bool:
+    """Whether all renderings show the same boxes, and none reaches outside its image."""
+    boxes = work.renderings[0].boxes
+    same = all(np.array_equal(rendering.boxes, boxes) for rendering in work.renderings[1:])
+    inside = (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= sizes[work.ids]).all()
+    return bool(same and inside)
 
 
 class _Pending:
@@ -304,13 +311,21 @@ class _Pending:
 
 @dataclass(frozen=True, kw_only=True)
 class _Shape:
-    """What a pipeline is built for; another needs another pipeline."""
+    """What a pipeline is built for; another needs another pipeline.
+
+    Attributes:
+        batch_size, sizes: of the Work.
+        workers, device, hw_decoder_load: see LoaderOptions.
+        exact: every image is decoded to exactly the box of all its renderings; otherwise boxes are cut out of
+            what was decoded, and filled up with black.
+    """
 
     batch_size: int
     sizes: tuple[int, ...]
     workers: int
     device: torch.device
     hw_decoder_load: float
+    exact: bool
 
 
 class _Pipeline:
@@ -339,13 +354,15 @@ class _Pipeline:
         fn, types = self._dali.fn, self._dali.types
 
         renderings = len(self.shape.sizes)
-        files, start, shape, *boxes = fn.external_source(
+        numbers = 2 + (1 if self.shape.exact else 3) * renderings
+        files, start, shape, *views = fn.external_source(
             source=self._next,
-            num_outputs=3 + 3 * renderings,
+            num_outputs=1 + numbers,
             batch=True,
             no_copy=True,
-            dtype=[types.UINT8] + [types.INT32] * (2 + 3 * renderings),
+            dtype=[types.UINT8] + [types.INT32] * numbers,
         )
+        flips, box_starts, box_shapes = (views[renderings * k : renderings * (k + 1)] for k in range(3))
         # jpeg_fancy_upsampling: chroma as the CPU decoders interpolate it
         decode = {"output_type": types.RGB, "adjust_orientation": False}
         if self._gpu:
@@ -356,12 +373,17 @@ class _Pipeline:
         else:
             image = fn.decoders.image_slice(files, start=start, shape=shape, axis_names="HW", **decode)
         for number, size in enumerate(self.shape.sizes):
-            box_start, box_shape, flip = boxes[3 * number : 3 * number + 3]
-            box = fn.slice(
-                image, start=box_start, shape=box_shape, axis_names="HW", out_of_bounds_policy="pad", fill_values=0
-            )
+            box = image
+            if not self.shape.exact:
+                box = fn.slice(
+                    image,
+                    start=box_starts[number],
+                    shape=box_shapes[number],
+                    axis_names="HW",
+                    out_of_bounds_policy="pad",
+                )
             picture = fn.resize(box, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
-            yield fn.flip(picture, horizontal=flip)
+            yield fn.flip(picture, horizontal=flips[number])
 
     def begin(self, batches: Iterator[_Inputs]) -> None:
         """Start an epoch."""
@@ -372,7 +394,7 @@ class _Pipeline:
         """The next batch, for DALI, which asks ahead."""
         inputs = next(self._batches)  # its StopIteration ends DALI's epoch too
         self.inside.append(inputs)
-        return inputs.arrays()
+        return inputs.arrays(self.shape.exact)
 
     def take(self) -> tuple[Tensor, ...]:
         """The oldest batch, [n, 3, size, size] a rendering, in memory of its own. Raises RuntimeError."""

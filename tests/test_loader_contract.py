@@ -10,6 +10,7 @@ import importlib.util
 import io
 import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ from pipelines.base import BACKENDS, Batch, DecodeError, Loader, LoaderOptions, 
 from pipelines.encode import Source, Storage
 from pipelines.index import DatasetIndex
 from pipelines.plan import EpochPlan, Rendering, Work, order
-from pipelines.views import RandomResizedCrop
+from pipelines.torch_loader import render
+from pipelines.views import Center, RandomResizedCrop, ViewFamily
 
 PHOTOS = 40
 Pixels = NDArray[np.uint8]
@@ -332,6 +334,33 @@ def test_another_size_each_epoch(case: Case, loader: Loader) -> None:
     for epoch, size in enumerate((32, 56, 40)):
         work = make_work(case, (size,), seed=epoch)
         check_pixels(case, work, list(loader.epoch(work)))
+
+
+@pytest.mark.parametrize("family", [RandomResizedCrop(), Center()], ids=["train", "centre"])
+def test_pixels_are_those_of_the_torch_executor(case: Case, loader: Loader, family: ViewFamily) -> None:
+    """At 224 px, from the same stored pixels; tools/check_parity.py shows it for a user's own data and teacher."""
+    plan = replace(plan_of(loader), family=family)
+    work = plan.work((224,))
+    differences = []
+    for number, batch in enumerate(loader.epoch(work)):
+        for row, image in zip(range(*work.rows(number).indices(PHOTOS)), batch.images[0], strict=True):
+            pixels = torch.from_numpy(case.stored[work.ids[row]]).permute(2, 0, 1)
+            rendering = work.renderings[0]
+            expected = render(pixels, rendering.boxes[row], bool(rendering.flips[row]), 224)
+            differences.append((image.int() - expected.int()).abs().float().mean().item())
+    limit = {"torch": 0.0, "ffcv": 0.0, "dali": 0.3, "resident": 0.3}[case.backend]
+    assert len(differences) == PHOTOS and max(differences) <= limit, max(differences)
+
+
+@pytest.mark.parametrize("name", ["ffcv", "dali"])
+def test_a_missing_package_is_a_clear_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = {"ffcv": "ffcv", "dali": "nvidia.dali"}[name]
+    for module in [each for each in sys.modules if each == package or each.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "x").write_bytes(b"")
+    with pytest.raises(ValueError, match=re.escape(f"pip install 'fastdcd[{name}]'")):
+        open_loader(name, tmp_path / "x", LoaderOptions())
 
 
 def test_empty_last_batch(loader: Loader) -> None:
