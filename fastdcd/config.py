@@ -48,6 +48,10 @@ class Data:
     """auto, cpu, cuda: where training runs. auto takes the GPU if there is one."""
     classes: Path | None = None
     """A file of class names in label order, for folders; without it, sorted folder names."""
+    on_decode_error: Literal["raise", "skip_and_report"] = "raise"
+    """raise: an image that cannot be decoded ends the run. skip_and_report: it is shown black and named once."""
+    hw_decoder_load: Fraction = 0.65
+    """dali on a GPU: share of JPEGs for its JPEG engine, which decodes whole images; 0: only the boxes are decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,8 @@ def open_set(section: Data, path: Path, device: torch.device, key: str) -> Loade
         device=device,
         classes=read_classes(section.classes) if section.classes else None,
         index_cache=user_cache(),
+        on_decode_error=section.on_decode_error,
+        hw_decoder_load=section.hw_decoder_load,
     )
     try:
         return open_loader(section.backend, path, options)
