@@ -34,7 +34,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; white-space:
 svg { display: block; width: 100%; height: auto } svg text { fill: var(--ink); font-size: 12px } svg .soft { fill: var(--soft) }
 svg .axis { stroke: var(--line) } svg .mark { stroke: var(--ink); stroke-dasharray: 3 3 }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px; margin-bottom: 8px }
-.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px }
+.legend i, td i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px }
 """
 
 
@@ -78,10 +78,18 @@ def tiles(values: dict[str, str]) -> str:
     return f'<div class="tiles">{"".join(each)}</div>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of text; the first column names the row."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, coloured: bool = False) -> str:
+    """A table of text; the first column names the row, `coloured` as the curves of figures are."""
     top = "".join(f"<th>{escape(each)}</th>" for each in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(each)}</td>" for each in row) + "</tr>" for row in rows)
+    body = ""
+    for number, row in enumerate(rows):
+        dot = f'<i style="background:{COLOURS[number % len(COLOURS)]}"></i>' if coloured else ""
+        body += (
+            "<tr>"
+            + f"<td>{dot}{escape(row[0])}</td>"
+            + "".join(f"<td>{escape(e)}</td>" for e in row[1:])
+            + "</tr>"
+        )
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -97,7 +105,7 @@ def legend(names: Sequence[str]) -> str:
 def waterfall(rows: Sequence[tuple[str, float, str]], *, unit: str = "ms") -> str:
     """Bars one after the other: (name, length, label), each beginning where the last ended."""
     total = sum(length for _, length, _ in rows) or 1.0
-    height, left, width = 26, 130, 700
+    height, left, width = 26, 130, 820
     parts, start = [], 0.0
     for tick in ticks(0, total):
         x = left + width * tick / total
@@ -114,12 +122,12 @@ def waterfall(rows: Sequence[tuple[str, float, str]], *, unit: str = "ms") -> st
             f'<rect x="{x:.1f}" y="{y + 4}" width="{bar:.1f}" height="{height - 8}" rx="3" fill="{colour}">'
             f"<title>{escape(name)}: {escape(label)}</title></rect>"
         )
-        inside = x + bar > left + width - 60
-        anchor, at = ("end", x - 6) if inside and x > left + 90 else ("start", min(x + bar + 6, left + width + 6))
+        fits = x + bar + 120 < 1000
+        anchor, at = ("start", x + bar + 6) if fits else ("end", x - 6)
         parts.append(f'<text class="soft" x="{at:.1f}" y="{y + 17}" text-anchor="{anchor}">{escape(label)}</text>')
         start += length
     end = len(rows) * height
-    parts.append(f'<text class="soft" x="{left + width + 16}" y="{end + 16}">{escape(unit)}</text>')
+    parts.append(f'<text class="soft" x="{left + width + 22}" y="{end + 16}">{escape(unit)}</text>')
     return _svg(1000, end + 22, parts)
 
 

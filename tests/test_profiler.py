@@ -18,6 +18,7 @@ from fastdcd import config, models, weights
 from fastdcd.profiler import measure
 from fastdcd.profiler.projection import project, step_seconds
 from fastdcd.profiler.verdict import verdict
+from fastdcd.train import train
 from pipelines import prefetch, torch_loader
 from pipelines.base import LoaderOptions, open_loader
 from pipelines.plan import EpochPlan
@@ -333,3 +334,26 @@ def test_the_page_of_a_profile_opens_with_all_its_figures(written: Path, tmp_pat
     assert all(marks for name, marks in cards.items() if name != "verdict"), cards
     profile = json.loads((written / "a.json").read_text())
     assert cards["waterfall"] == len(profile["stages"])
+
+
+def test_a_report_of_runs_shows_every_curve(digits: Digits, tmp_path: Path) -> None:
+    for name, weights_of_terms in (("plain", {}), ("both", BOTH)):
+        mode = {"mode": "online" if weights_of_terms else "none"}
+        train(digits.config(tmp_path / name, loss=weights_of_terms, teacher=mode, train={"epochs": 2}))
+    with (tmp_path / "both" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "epoch": 2, "st')  # a run that is writing right now
+    page = tmp_path / "report.html"
+    ran = run_program("tools/report.py", tmp_path / "plain", tmp_path / "both", "--html", page)
+    assert ran.code == 0, ran.err
+    cards = opened(page, tmp_path).cards
+    both = {"runs", "top1", "top5", "loss", "ce", "lr", "images_per_second", "data_wait"}
+    distilled = {"kd", "dcd_contrast", "dcd_consist", "tau"}
+    assert set(cards) == both | distilled
+    assert all(cards[name] == 2 for name in both - {"runs"}) and all(cards[name] == 1 for name in distilled)
+    text = page.read_text()
+    assert "plain" in text and "914" in text, "names and parameters"
+
+
+def test_a_report_needs_a_run(tmp_path: Path) -> None:
+    ran = run_program("tools/report.py", tmp_path)
+    assert ran.code == 2 and "metrics.jsonl" in ran.err

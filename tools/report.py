@@ -107,12 +107,13 @@ def page(runs: list[Run]) -> str:
         cards.append(pages.card(title, figure, name=value))
     head = ("", "top-1, %", "best, %", "epochs", "steps", "training", "images/s", "data wait", "parameters")
     parts = [
-        pages.card("Runs", pages.table(head, [_row(run) for run in runs]), name="runs"),
-        f'<div class="card">{pages.legend(key)}</div>',
+        pages.card("Runs", pages.table(head, [_row(run) for run in runs], coloured=True), name="runs"),
         pages.grid(cards),
     ]
-    ending = "" if len(runs) == 1 else f" and {len(runs) - 1} more"
-    return pages.document("Runs" if len(runs) > 1 else runs[0].name, f"{runs[0].name}{ending}", parts)
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    return pages.document(
+        title, "images/s and waiting for data are medians over the lines of metrics.jsonl", parts
+    )
 
 
 def _row(run: Run) -> list[str]:

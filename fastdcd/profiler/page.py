@@ -153,7 +153,7 @@ def _projection(profile: dict[str, Any]) -> str:
             f"{row['images_per_second']:,.0f}",
             duration(row["epoch_seconds"]),
             duration(row["recipe_seconds"]),
-            f"{row['cost']:,.0f}" if row["cost"] is not None else "-",
+            f"{row['cost']:,.2f}" if row["cost"] is not None else "-",
         )
         for row in profile["projection"]
     ]

@@ -44,7 +44,7 @@ def table(profile: Profile) -> str:
     lines += ["", f"PROJECTION to ImageNet, {about['epochs']} epochs (a model: see docs/profile.md)"]
     lines.append(f"{'devices':>8}{'images/s':>12}{'epoch':>12}{'recipe':>12}{'cost':>10}")
     for row in profile["projection"]:
-        cost = f"{row['cost']:,.0f}" if row["cost"] is not None else "--price"
+        cost = f"{row['cost']:,.2f}" if row["cost"] is not None else "--price"
         lines.append(
             f"{row['gpus']:>8}{row['images_per_second']:>12,.0f}{duration(row['epoch_seconds']):>12}"
             f"{duration(row['recipe_seconds']):>12}{cost:>10}"
