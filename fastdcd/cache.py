@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import mmap
 import os
 import zlib
 from collections.abc import Callable, Mapping
@@ -35,6 +36,8 @@ from pipelines.files import replace_file, write_json
 FORMAT = "fastdcd-cache-1"
 BLOCK_ROWS = 1024
 _LOAD_ROWS = 1 << 14  # rows that `load` holds in host memory at a time
+# The header of a view's .npy is padded to a page, so that rows of 4096 bytes are one page each, not parts of two.
+_PAGE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +123,8 @@ class TeacherCache:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
-        self._features: dict[int, NDArray[np.uint8]] = {}
+        self._reading: dict[int, _Rows] = {}
+        self._features: dict[int, NDArray[np.uint8]] = {}  # open for writing
         self._done: dict[int, NDArray[np.uint8]] = {}
         self._unmarked: list[tuple[int, NDArray[np.int64]]] = []  # rows written but not yet flushed
 
@@ -211,21 +215,23 @@ class TeacherCache:
 
         Raises ValueError if the view is not complete or its file is cut short.
         """
-        if view not in self._features:
+        return torch.from_numpy(self._open(view).take(ids.numpy()))
+
+    def _open(self, view: int) -> _Rows:
+        if view not in self._reading:
             if not self.complete(view):
                 raise ValueError(
                     f"{self.path}: view {view} is not complete; go on filling it: tools/cache_teacher.py fill"
                 )
-            self._features[view] = self._map(view, "r")
-        return torch.from_numpy(self._features[view][ids.numpy()])
+            self._reading[view] = _Rows(self._path(view, ""), self._map(view, "r"))
+        return self._reading[view]
 
     def load(self, view: int, device: torch.device) -> Tensor:
         """All rows uint8 [rows, row_bytes] of a complete view on `device`. Raises ValueError as `read` does."""
         out = torch.empty(self.manifest.rows, self.manifest.row_bytes, dtype=torch.uint8, device=device)
+        rows = self._open(view)
         for start in range(0, len(out), _LOAD_ROWS):
-            out[start : start + _LOAD_ROWS] = self.read(
-                view, torch.arange(start, min(start + _LOAD_ROWS, len(out)))
-            )
+            out[start : start + _LOAD_ROWS] = torch.from_numpy(rows.span(start, start + _LOAD_ROWS))
         return out
 
     def verify(self, view: int) -> list[range]:
@@ -258,9 +264,8 @@ class TeacherCache:
             path = self._path(view, kind)
             if not path.is_file():
                 with replace_file(path) as file:  # sparse: takes no space until rows are written
-                    header = {"descr": "|u1", "fortran_order": False, "shape": size}
-                    np.lib.format.write_array_header_1_0(file, header)
-                    file.truncate(file.tell() + int(np.prod(size)))
+                    file.write(_npy_header(size))
+                    file.truncate(_PAGE + int(np.prod(size)))
 
     def done(self, view: int) -> NDArray[np.bool_]:
         """Which rows [rows] of a view are written."""
@@ -307,6 +312,7 @@ class TeacherCache:
 
     def release(self, view: int) -> None:
         """Let go of a view's files as this process has them open for writing."""
+        self._reading.pop(view, None)
         self._features.pop(view, None)
         self._done.pop(view, None)
 
@@ -335,6 +341,41 @@ class TeacherCache:
         if array.shape != expected or array.dtype != np.uint8:
             raise ValueError(f"{path}: got {array.dtype} {array.shape}, expected uint8 {expected}")
         return array
+
+
+class _Rows:
+    """A complete view, open for reading in any order.
+
+    Pages are read on demand. Left to itself the kernel reads a good deal around each, which is of no use for
+    rows in random order: from a view larger than memory that is 50 times slower than asking for the rows of a
+    batch, all at once, and taking them then.
+    """
+
+    def __init__(self, path: Path, rows: NDArray[np.uint8]) -> None:
+        self.file = path.open("rb")
+        assert isinstance(rows, np.memmap)
+        self.rows, self.start, self.row_bytes = rows, rows.offset, rows.shape[1]
+        rows._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+
+    def take(self, ids: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Rows [n, row_bytes] of `ids`, copied."""
+        descriptor, size = self.file.fileno(), self.row_bytes
+        for offset in (self.start + ids * size).tolist():
+            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+        return self.rows[ids]
+
+    def span(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Rows from `start` to `stop`, copied."""
+        offset, size = self.start + start * self.row_bytes, (stop - start) * self.row_bytes
+        os.posix_fadvise(self.file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+        return np.array(self.rows[start:stop])
+
+
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    """The header of a uint8 .npy file (NumPy's format 1.0), padded with spaces to a page."""
+    text = repr({"descr": "|u1", "fortran_order": False, "shape": shape}).encode()
+    length = _PAGE - len(np.lib.format.magic(1, 0)) - 2
+    return np.lib.format.magic(1, 0) + length.to_bytes(2, "little") + text.ljust(length - 1) + b"\n"
 
 
 def _block_sums(rows: NDArray[np.uint8]) -> NDArray[np.uint32]:
