@@ -1,16 +1,20 @@
 """The profiler: a fault that is planted is the one it names, its times add up, its pages open, its advice works."""
 
 import json
+import multiprocessing
+import os
 import shlex
 import shutil
+import socket
 import subprocess
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from conftest import BOTH, Digits, absent, forget_accelerate, run_program
 
@@ -24,6 +28,9 @@ from pipelines.base import LoaderOptions, open_loader
 from pipelines.plan import EpochPlan
 from pipelines.views import Center
 
+# As in test_processes.py: a server that has imported everything forks each process.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["fastdcd.train", "fastdcd.filling", "torch._dynamo"])
 TOOL = "tools/profile_throughput.py"
 
 
@@ -49,6 +56,17 @@ def slowed(function: Callable[..., Any], seconds: float, when: Callable[..., boo
         return function(*arguments)
 
     return slow
+
+
+def late(function: Callable[..., Iterator[Any]], seconds: float) -> Callable[..., Generator[Any, None, None]]:
+    """The same batches, each held back on its way to the device."""
+
+    def waiting(*arguments: Any) -> Generator[Any, None, None]:
+        for item in function(*arguments):
+            time.sleep(seconds)
+            yield item
+
+    return waiting
 
 
 # A student that takes a few milliseconds, fed from files by the training process itself.
@@ -97,14 +115,7 @@ def test_a_slow_stage_of_loading_is_named(
 def test_a_copy_that_hides_behind_nothing_is_named(
     digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = prefetch.prefetch
-
-    def waiting(*arguments: Any) -> Generator[Any, None, None]:
-        for item in original(*arguments):
-            time.sleep(0.05)
-            yield item
-
-    monkeypatch.setattr(prefetch, "prefetch", waiting)
+    monkeypatch.setattr(prefetch, "prefetch", late(prefetch.prefetch, 0.05))
     profile = found(digits.config(tmp_path, student=STUDENT, teacher=NONE))
     assert profile["verdict"]["kind"] == "copy-bound", profile["verdict"]
 
@@ -154,6 +165,37 @@ def test_evaluation_that_takes_most_of_a_run_is_named(digits: Digits, tmp_path: 
     profile = found(digits.config(tmp_path, data=data, student=STUDENT, teacher=NONE), seconds=1)
     assert profile["verdict"]["kind"] == "evaluation-bound", profile["verdict"]
     assert profile["verdict"]["advice"][0]["settings"] == ("eval.every=5",)
+
+
+def profile_with_a_slow_rank(file: Path, out: Path) -> None:
+    """Run by each of two processes: the second one's batches arrive late."""
+    if os.environ["RANK"] == "1":
+        prefetch.prefetch = late(prefetch.prefetch, 0.05)
+    measure.LEAST = 8
+    profile = measure.profile(config.load(file), seconds=1)
+    if os.environ["RANK"] == "0":
+        out.write_text(json.dumps({**profile, "verdict": verdict(profile)}))
+
+
+def test_a_slow_rank_is_named(digits: Digits, tmp_path: Path) -> None:
+    file = digits.file(tmp_path / "two.yaml", student=STUDENT, teacher=NONE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (file, tmp_path / "two.json")
+    started = [
+        FORK.Process(target=ranks.as_rank, args=(rank, 2, port, profile_with_a_slow_rank, arguments))
+        for rank in (0, 1)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        assert process.exitcode == 0
+    profile = json.loads((tmp_path / "two.json").read_text())
+    assert profile["verdict"]["kind"] == "straggler", profile["verdict"]
+    assert "rank 1" in profile["verdict"]["words"] and "mostly in copy" in profile["verdict"]["words"]
+    assert [each["rank"] for each in profile["ranks"]] == [0, 1]
 
 
 # ---- the measurement itself

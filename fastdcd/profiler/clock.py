@@ -15,10 +15,10 @@ BLOCK = 8  # steps
 Step = TypeVar("Step")
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, median, quartiles and the number of samples."""
+def spread(values: Sequence[float], kept: Sequence[float] | None = None) -> dict[str, float]:
+    """Median, quartiles and number of `values`; the mean of those that were `kept`, by default of all."""
     low, median, high = np.percentile(values, (25, 50, 75)).tolist()
-    mean = float(np.mean(values))
+    mean = float(np.mean(values if kept is None else kept))
     return {"mean": mean, "median": median, "quartile_25": low, "quartile_75": high, "samples": len(values)}
 
 

@@ -160,12 +160,14 @@ def _measure(bench: Bench, loader: Loader, seconds: float, **options: Any) -> di
     marked, whole = clock.take()
     waits = [round(step.get("data_wait", 0.0), 6) for step in marked]
     overhead = float(np.median([sum(step.values()) for step in marked]) / np.median(whole) - 1) if whole else None
-    marked = steady(marked, lambda step: sum(step.values()))
-    totals = [sum(step.values()) for step in marked]
+    kept = steady(marked, lambda step: sum(step.values()))
+    totals = [[sum(step.values()) for step in steps] for steps in (marked, kept)]
     names = [name for name in STAGES if any(name in step for step in marked)]
     return {
-        "step": spread(steady(whole, float) or totals),
-        "stages": {name: spread([step.get(name, 0.0) for step in marked]) for name in names},
+        "step": spread(whole, steady(whole, float)) if whole else spread(*totals),
+        "stages": {
+            name: spread(*([step.get(name, 0.0) for step in steps] for steps in (marked, kept))) for name in names
+        },
         "waits": waits,
         "overhead": overhead,
     }

@@ -30,13 +30,17 @@ class Advice:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A limit: the share of the step it takes, from which share on it is one, and what to say and do."""
+    """A limit: the share of the step it takes, from which share on it is one, and what to say and do.
+
+    `weight` settles which of two limits of much the same share is named.
+    """
 
     kind: str
     share: Callable[[Profile], float]
     threshold: float
     words: Callable[[Profile], str]
     advice: Callable[[Profile], list[Advice]]
+    weight: float = 1.0
 
 
 def verdict(profile: Profile) -> dict[str, Any]:
@@ -44,7 +48,7 @@ def verdict(profile: Profile) -> dict[str, Any]:
     found = [(rule.share(profile), rule) for rule in RULES]
     limits = [(share, rule) for share, rule in found if share >= rule.threshold]
     if limits:
-        share, rule = max(limits, key=lambda each: each[0])  # where most can be won
+        share, rule = max(limits, key=lambda each: each[0] * each[1].weight)  # where most can be won
         kind, words, advice = rule.kind, rule.words(profile), rule.advice(profile)
     else:
         share = _share(profile, *STUDENT)
@@ -387,6 +391,7 @@ RULES = (
         threshold=0.1,
         words=_straggler_words,
         advice=_straggler_advice,
+        weight=1.5,  # its own slow stage, and the others' wait for it, have the same share
     ),
     Rule(
         kind="communication-bound",
