@@ -290,6 +290,7 @@ def test_every_config_trains(digits: Digits, tmp_path: Path, path: Path, untrain
         "train.precision=fp32",
         "teacher.evaluate=false",
         "teacher.checkpoint_by_order=false",
+        "data.classes=null",
         "student.image_size=16",
         "teacher.image_size=16",
     ]
