@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast, set_seed
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from fastdcd import models, weights
 from fastdcd.checkpoint import Progress
@@ -38,15 +41,31 @@ def make_accelerator(config: Config) -> Accelerator:
     precision = "no" if config.train.precision == "fp32" else config.train.precision
     if precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
         raise ValueError("train.precision: fp16 needs a GPU (its gradients are scaled there); use bf16 or fp32")
+    timeout = timedelta(seconds=config.train.timeout)
+    _rejoin(timeout)
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=precision,
         log_with=list(config.run.trackers) or None,
         project_dir=config.run.dir,
-        kwargs_handlers=[_DDP, InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout))],
+        kwargs_handlers=[_DDP, InitProcessGroupKwargs(timeout=timeout)],
     )
     set_seed(config.run.seed)
     return accelerator
+
+
+def _rejoin(timeout: timedelta) -> None:
+    """Form the process group of processes that torchrun started anew, before Accelerate does.
+
+    torchrun keeps its store, in which a process may find the address of one that is gone; keys of their own
+    for every attempt prevent it. Only on one machine: torchrun counts attempts for each machine apart.
+    """
+    attempt, processes = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE"))
+    if attempt == "0" or dist.is_initialized() or processes != os.environ.get("LOCAL_WORLD_SIZE"):
+        return
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"attempt-{attempt}", store)
+    dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def open_data(config: Config, accelerator: Accelerator) -> tuple[Loader, Loader]:

@@ -268,7 +268,8 @@ def children(pid: int) -> list[int]:
 def wait_for(condition: Callable[[], Any], process: "subprocess.Popen[str]", seconds: float) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()
+        if process.poll() is not None:
+            pytest.fail(process.communicate()[0])
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
 
