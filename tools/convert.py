@@ -16,7 +16,7 @@ from pipelines.index import DatasetIndex, read_classes
 from pipelines.ledger import REJECTS
 from pipelines.sources import Sources, open_sources
 
-_EPILOG = """examples:
+_EPILOG = """example:
   python tools/convert.py resident data/cifar-100-python.tar.gz/train data/cifar100-resident/train
   python tools/convert.py ffcv ILSVRC2012_img_train.tar data/imagenet-ffcv/train.beton --max-size 400 --workers 16
   python tools/convert.py shards data/imagenet/train data/imagenet-shards/train --workers 16
