@@ -80,7 +80,7 @@ def tiles(values: dict[str, str]) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, coloured: bool = False) -> str:
     """A table of text; the first column names the row, `coloured` as the curves of figures are."""
-    top = "".join(f"<th>{escape(each)}</th>" for each in head)
+    top = "".join(f"<th>{escape(each)}</th>" for each in head) if any(head) else ""
     body = ""
     for number, row in enumerate(rows):
         dot = f'<i style="background:{COLOURS[number % len(COLOURS)]}"></i>' if coloured else ""
@@ -90,7 +90,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, coloured: bool 
             + "".join(f"<td>{escape(e)}</td>" for e in row[1:])
             + "</tr>"
         )
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table>{f'<thead><tr>{top}</tr></thead>' if top else ''}<tbody>{body}</tbody></table>"
 
 
 def legend(names: Sequence[str]) -> str:
@@ -162,11 +162,11 @@ def histogram(values: Sequence[float], marks: dict[str, float], *, unit: str, bi
     ]
     for row, (name, value) in enumerate(marks.items()):
         x = 10 + width * value / top
-        anchor = "end" if x > width * 0.7 else "start"
+        anchor = "end" if x > width * 0.65 else "start"
         at = x - 4 if anchor == "end" else x + 4
-        drawn.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{2 + 13 * row}" y2="{height}"/>')
+        drawn.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{3 + 13 * row}" y2="{height}"/>')
         drawn.append(
-            f'<text x="{at:.1f}" y="{12 + 13 * row}" text-anchor="{anchor}">{escape(name)} {number(value)} {unit}</text>'
+            f'<text x="{at:.1f}" y="{12 + 13 * row}" text-anchor="{anchor}">{escape(name)}: {number(value)} {unit}</text>'
         )
     drawn.append(f'<line class="axis" x1="10" x2="{10 + width}" y1="{height}" y2="{height}"/>')
     drawn += [

@@ -9,6 +9,7 @@ import numpy as np
 
 from fastdcd import pages
 from fastdcd.profiler.table import duration
+from fastdcd.profiler.verdict import evaluation_share
 
 _NAMES = {
     "data_wait": "wait for data",
@@ -64,9 +65,10 @@ def page(profile: dict[str, Any]) -> str:
                 pages.card("Waiting for data", _waits(waits), note=_WAITS, name="waits"),
                 pages.card("Ceilings", _ceilings(profile), note=_CEILINGS, name="ceilings"),
                 pages.card("Memory", _memory(profile["memory"]), name="memory"),
-                pages.card("Processes", _ranks(profile["ranks"]), name="ranks"),
+                pages.card("Beside the steps", _beside(profile), note=_BESIDE, name="beside"),
             ]
         ),
+        pages.card("Processes", _ranks(profile["ranks"]), name="ranks"),
         pages.card("Projection to ImageNet", _projection(profile), note=_PROJECTION, name="projection"),
     ]
     return pages.document("Where the time goes", subtitle, parts)
@@ -77,6 +79,7 @@ _CEILINGS = (
     "Synthetic: no data at all. Replay: real batches kept in memory. Plain cross-entropy: the student without "
     "distillation, on synthetic data. Loader: batches made and thrown away."
 )
+_BESIDE = "The cold read is after the system was asked to forget the files; a first epoch may have to read so."
 _PROJECTION = (
     "A model, not a measurement: this step on every device with a loader of its own, and a ring all-reduce that hides "
     "behind the backward pass."
@@ -131,10 +134,27 @@ def _memory(memory: dict[str, Any]) -> str:
     return body + pages.table(("", ""), rows)
 
 
+def _beside(profile: dict[str, Any]) -> str:
+    cold, evaluation, processes = profile["cold"], profile["evaluation"], profile["about"]["processes"]
+    rows = [
+        ("opening the data", duration(cold["open_seconds"])),
+        ("first batch", duration(cold["first_batch_seconds"])),
+        ("first step", duration(cold["first_step_seconds"])),
+        ("an evaluation", f"{duration(evaluation['seconds'])}, {evaluation_share(profile):.0%} of the run"),
+    ]
+    for name, seconds in (
+        ("cold", cold["read_seconds_an_image"]),
+        ("warm", profile["loader_seconds_an_image"].get("read")),
+    ):
+        if seconds:
+            rows.append((f"storage read, {name}", f"{processes / seconds:,.0f} images/s"))
+    return pages.table(("", ""), rows)
+
+
 def _ranks(ranks: list[dict[str, Any]]) -> str:
     names = list(ranks[0]["stages"])
     slowest = {name: max(rank["stages"].get(name, 0.0) for rank in ranks) for name in names}
-    shown = sorted(names, key=lambda name: -slowest[name])[:4]
+    shown = sorted(names, key=lambda name: -slowest[name])[:6]
     rows = [
         (
             f"rank {rank['rank']}",

@@ -7,6 +7,7 @@ over the next is the cost of augmenting, and of decoding.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -21,11 +22,12 @@ from pipelines.base import Loader
 from pipelines.index import DatasetIndex
 from pipelines.plan import Rendering, Work
 
+LEAST, ROUNDS = 4, 3  # batches of a measurement, measurements of each kind
 ReadSample = Callable[[int], int]  # sample id -> bytes read
 
 
-def seconds_an_image(loader: Loader, work: Work, seconds: float) -> float | None:
-    """Steady time of an image through the whole loader, all workers at work; None if there is one batch only.
+def seconds_an_image(loader: Loader, work: Work, seconds: float) -> float:
+    """Steady time of an image through the whole loader, all workers at work; NaN if there is one batch only.
 
     The first batch is not counted: it is made while nothing else is.
     """
@@ -34,14 +36,14 @@ def seconds_an_image(loader: Loader, work: Work, seconds: float) -> float | None
     try:
         next(epoch)
         begin = time.perf_counter()
-        for batch in epoch:
+        for number, batch in enumerate(epoch, 1):
             images += len(batch.ids)
-            if time.perf_counter() - begin > seconds:
+            if number >= LEAST and time.perf_counter() - begin > seconds:
                 break
         elapsed = time.perf_counter() - begin
     finally:
         epoch.close()
-    return elapsed / images if images else None
+    return elapsed / images if images else math.nan
 
 
 def without_augmenting(work: Work) -> Work:
@@ -53,17 +55,22 @@ def without_augmenting(work: Work) -> Work:
 
 def stages(loader: Loader, work: Work, config: Config, seconds: float) -> dict[str, float]:
     """Seconds an image: loader (all of it), and read, decode, augment as far as the backend has them."""
-    whole = seconds_an_image(loader, work, seconds)
-    if whole is None:
-        return {}
-    found = {"loader": whole}
     reader = reader_of(config.data.train, loader.index)
+    bare, threads = without_augmenting(work), max(config.data.workers, 1)
+    wholes, decodes, reads = [], [], []
+    for _ in range(ROUNDS):  # in turns, so that what else the machine does falls on all
+        wholes.append(seconds_an_image(loader, work, seconds / ROUNDS))
+        if reader is not None:
+            decodes.append(seconds_an_image(loader, bare, seconds / ROUNDS))
+            reads.append(read_seconds(reader, work.ids, threads, seconds / ROUNDS / 2))
+    whole = float(np.median(wholes))
+    if math.isnan(whole):
+        return {}
     if reader is None:  # nothing is stored apart from the pixels themselves
-        return {**found, "augment": whole}
-    read = read_seconds(reader, work.ids, max(config.data.workers, 1), seconds / 2)
-    decoded = seconds_an_image(loader, without_augmenting(work), seconds) or whole
-    decoded = min(max(decoded, read), whole)
-    return {**found, "read": min(read, whole), "decode": decoded - min(read, whole), "augment": whole - decoded}
+        return {"loader": whole, "augment": whole}
+    read = min(float(np.median(reads)), whole)
+    decoded = min(max(float(np.median(decodes)), read), whole)
+    return {"loader": whole, "read": read, "decode": decoded - read, "augment": whole - decoded}
 
 
 def read_seconds(reader: ReadSample, ids: np.ndarray, threads: int, seconds: float) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastdcd.profiler.verdict import evaluation_share
+
 Profile = dict[str, Any]
 
 
@@ -34,6 +36,13 @@ def table(profile: Profile) -> str:
             "",
             "loader's time: " + ", ".join(f"{name} {value / whole:.0%}" for name, value in parts.items()),
         ]
+    cold, evaluation = profile["cold"], profile["evaluation"]
+    lines += [
+        "",
+        f"cold start: {duration(cold['open_seconds'])} to open the data, first batch after "
+        f"{duration(cold['first_batch_seconds'])}, first step after another {duration(cold['first_step_seconds'])}",
+        f"evaluation: {duration(evaluation['seconds'])}, {evaluation_share(profile):.0%} of the run",
+    ]
     lines += ["", f"verdict: {found['words']}"]
     for advice in found["advice"]:
         gain = f" ({advice['gain']:.2f} times the rate)" if advice["gain"] else ""
@@ -79,4 +88,4 @@ def duration(seconds: float) -> str:
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.1f} s"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

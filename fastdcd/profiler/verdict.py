@@ -427,10 +427,11 @@ RULES = (
 
 
 def _model_words(profile: Profile) -> str:
+    own, ceiling = profile["images_per_second"], profile["ceilings"]["synthetic"]
+    reached = f"of the {ceiling:,.0f} that are reached" if own < ceiling else "as many as"
     return (
-        f"healthy: the student itself is the limit, {_share(profile, *STUDENT):.0%} of the step; "
-        f"{profile['images_per_second']:,.0f} images/s of the {profile['ceilings']['synthetic']:,.0f} that are reached "
-        "without any data"
+        f"healthy: the student itself is the limit, {_share(profile, *STUDENT):.0%} of the step; {own:,.0f} images/s, "
+        f"{reached} without any data"
     )
 
 
