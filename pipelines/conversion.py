@@ -101,7 +101,7 @@ def encoded(
         collate_fn=_unchanged,
         num_workers=min(workers, len(chunks)),
         prefetch_factor=4 if workers and chunks else None,
-        worker_init_fn=_die_with_parent,
+        worker_init_fn=functools.partial(_die_with_parent, os.getpid()),
     )
     for outcomes in loader:
         for outcome in outcomes:
@@ -113,10 +113,12 @@ def encoded(
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def _die_with_parent(worker: int) -> None:
+def _die_with_parent(parent: int, worker: int) -> None:
     """A worker whose parent was killed would wait forever for somebody to read its results."""
     with suppress(AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # killed before that
+        os._exit(1)
 
 
 def _unchanged(outcomes: list[Any]) -> list[Any]:
