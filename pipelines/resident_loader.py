@@ -114,13 +114,17 @@ class _Crop:
         self._flips, self._size = flips, size
 
     def __call__(self, ids: Tensor, rows: slice) -> Tensor:
-        windows = self._windows[ids, self._tops[rows], self._lefts[rows]]
-        images = windows.view(len(ids), self._size, self._size, 3)
-        if images.is_cuda:  # a mask would make the host wait for the device
+        where = (ids, self._tops[rows], self._lefts[rows])
+        shape = (len(ids), self._size, self._size, 3)
+        if ids.is_cuda:
+            images = self._windows[where].view(shape)
+            # everything mirrored, half of it kept: a mask would make the host wait for the device
             images = torch.where(self._flips[rows, None, None, None], images.flip(2), images)
-        else:
-            flips = self._flips[rows]
-            images[flips] = images[flips].flip(2)
+        else:  # NumPy copies rows of pixels where torch copies bytes: twice as fast in all
+            pixels = self._windows.numpy()[tuple(each.numpy() for each in where)].reshape(shape)
+            flips = self._flips[rows].numpy()
+            pixels[flips] = torch.from_numpy(pixels[flips]).flip(2).numpy()
+            images = torch.from_numpy(pixels)
         return images.permute(0, 3, 1, 2)
 
 
