@@ -28,7 +28,11 @@ def main() -> int:
         config.add_arguments(command)
         if name == "estimate":
             command.add_argument(
-                "--seconds", type=float, default=5.0, metavar="S", help="measure each step for S seconds (default 5)"
+                "--seconds",
+                type=float,
+                default=5.0,
+                metavar="S",
+                help="measure each step for S seconds (default 5)",
             )
         if name == "fill":
             command.add_argument(
