@@ -354,6 +354,7 @@ def start(kind: str, *arguments: object) -> multiprocessing.process.BaseProcess:
 
 
 def _exit_with(*arguments: object) -> None:
+    torch.set_num_threads(1)  # the threads of the process that this one was forked from are not here
     ran = run_program(CONVERT, *arguments)
     os.write(2, ran.err.encode())
     os._exit(ran.code)
