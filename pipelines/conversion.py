@@ -7,13 +7,15 @@ however often the conversion was killed. Memory holds some parts, never the data
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,7 +31,6 @@ from pipelines.files import write_json
 from pipelines.index import DatasetIndex
 from pipelines.ledger import MANIFEST, Reject, finished, other_settings, write_manifest, write_rejects
 from pipelines.sources import Sources
-from pipelines.workers import die_with_parent
 
 PART = 64  # sources between two marks in a journal: what a kill can cost
 SHARD = 1000  # sources a tar
@@ -100,13 +101,24 @@ def encoded(
         collate_fn=_unchanged,
         num_workers=min(workers, len(chunks)),
         prefetch_factor=4 if workers and chunks else None,
-        worker_init_fn=functools.partial(die_with_parent, os.getpid()),
+        worker_init_fn=functools.partial(_die_with_parent, os.getpid()),
     )
     for outcomes in loader:
         for outcome in outcomes:
             if isinstance(outcome, OSError):
                 raise outcome
             yield outcome
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _die_with_parent(parent: int, worker: int) -> None:
+    """A worker whose parent was killed would wait forever for somebody to read its results."""
+    with suppress(AttributeError):  # Linux only
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # killed before that
+        os._exit(1)
 
 
 def _unchanged(outcomes: list[Any]) -> list[Any]:

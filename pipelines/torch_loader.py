@@ -7,8 +7,6 @@ not applied, as in torchvision's ImageFolder. Resizing is torchvision's antialia
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -26,7 +24,6 @@ from torchvision.transforms.v2 import functional as F
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
 from pipelines.index import DatasetIndex, index_image_folder
 from pipelines.plan import Work
-from pipelines.workers import die_with_parent
 
 
 class _Request(NamedTuple):
@@ -51,7 +48,6 @@ class TorchLoader(Loader):
             num_workers=options.workers,
             persistent_workers=options.workers > 0,
             pin_memory=options.device.type == "cuda",
-            worker_init_fn=functools.partial(die_with_parent, os.getpid()),
         )
 
     @classmethod
