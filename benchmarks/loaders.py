@@ -219,7 +219,7 @@ def write_results(arguments: argparse.Namespace, rates: dict[str, list[float]]) 
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out.with_suffix(".json"), {**about, "rates": rates})
     text = (
-        "# Loaders on the CPU\n\nThe machine was shared with other work: compare rows, not machines. Ratios to stock are "
+        "# Loaders on the CPU\n\nCompare rows, not machines. Ratios to stock are "
         f"medians over rounds.\n\n{head}\n\n" + "\n".join(lines) + "\n"
     )
     arguments.out.with_suffix(".md").write_text(text)
