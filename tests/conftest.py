@@ -18,7 +18,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 
 from fastdcd import config
 from fastdcd.train import train
@@ -35,11 +35,25 @@ def absent(reason: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder with real data beside the checkout (CIFAR-100, ImageNet photographs)."""
-    if not SHARED.is_dir():
-        absent(f"no real data at {SHARED}: this test needs it")
-    return SHARED
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """60 real JPEGs: ImageNet's if they lie beside the checkout, else parts of scikit-learn's two photographs."""
+    found = sorted((SHARED / "data" / "imagenet-sample" / "train").glob("*/*"))[:60]
+    return found or cut_photographs(tmp_path_factory.mktemp("photographs"))
+
+
+def cut_photographs(folder: Path) -> list[Path]:
+    """Parts of all shapes and JPEGs of several qualities and chroma subsamplings; one in gray."""
+    images = load_sample_images().images
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        pixels = images[number % len(images)]
+        height, width = rng.integers(120, (pixels.shape[0], pixels.shape[1]))
+        top, left = rng.integers(0, (pixels.shape[0] - height + 1, pixels.shape[1] - width + 1))
+        image = Image.fromarray(np.ascontiguousarray(pixels[top : top + height, left : left + width]))
+        image = image.convert("L") if number == 7 else image
+        options = {} if number == 7 else {"subsampling": number % 3}
+        image.save(folder / f"{number:02d}.JPEG", quality=75 + number % 4 * 6, **options)
+    return sorted(folder.iterdir())
 
 
 @pytest.fixture(autouse=True)
