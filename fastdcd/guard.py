@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -11,11 +11,13 @@ from torch.optim import Optimizer
 
 
 class GuardedStep:
-    """Takes optimizer steps, and undoes one whose gradient is not finite, as if its batch had not been there.
+    """Takes optimizer steps, and leaves out one whose gradient is not finite, as if its batch had not been there.
 
-    After DDP's mean all processes hold the same gradient, so all decide alike without asking each other. And
-    nothing waits for the device: weights, optimizer state and BatchNorm statistics are copied before the step
-    and taken from the copy where the gradient was bad, at the price of that much memory.
+    After DDP's mean all processes hold the same gradient, so all decide alike without asking each other, and
+    nothing waits for the device. Torch's fused optimizers leave a step out themselves, as they do for
+    GradScaler. For others weights and optimizer state are copied before the step and taken from the copy where
+    the gradient was bad, at the price of that much memory. BatchNorm statistics, which the forward pass has
+    moved by then, come from a copy in either case.
 
     Attributes:
         finite: bool, 0-dimensional: whether the last step was taken.
@@ -25,8 +27,11 @@ class GuardedStep:
         """`limit` skipped steps in a row end the run. Restore checkpoints before: BatchNorm statistics are noted."""
         self._parameters = [each for each in module.parameters() if each.requires_grad]
         self._buffers = [each for each in module.buffers() if each.is_floating_point()]
-        self._good_buffers = [each.clone() for each in self._buffers]
+        self._good_buffers = _flat(self._buffers)
         self._optimizer, self._scaler, self._limit = optimizer, accelerator.scaler, limit
+        self._own: Optimizer = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
+        # torch's own sign, which GradScaler looks for
+        self._step = self._told if getattr(self._own, "_step_supports_amp_scaling", False) else self._undone
         self._skipped, self._in_a_row, self._most = torch.zeros(3, device=accelerator.device).unbind()
         self.finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
 
@@ -36,18 +41,30 @@ class GuardedStep:
         gradients = [each.grad for each in self._parameters if each.grad is not None]
         # the largest magnitude: a sum of squares could overflow where no gradient did
         finite = torch.stack(torch._foreach_norm(gradients, ord=float("inf"))).amax().isfinite()
-        live = [*self._parameters, *self._state()]
-        before = [each.clone() for each in live]
-        self._optimizer.step()
-        made = list(self._state())[len(live) - len(self._parameters) :]  # by the first step
-        live, before = [*live, *made, *self._buffers], [*before, *map(torch.zeros_like, made), *self._good_buffers]
-        for now, good in zip(live, before, strict=True):
-            now.copy_(torch.where(finite, now, good))
-        torch._foreach_copy_(self._good_buffers, self._buffers)
+        self._step(finite)
+        if self._buffers:
+            self._good_buffers = torch.where(finite, _flat(self._buffers), self._good_buffers)
+            good = self._good_buffers.split([each.numel() for each in self._buffers])
+            torch._foreach_copy_(self._buffers, [g.view_as(b) for g, b in zip(good, self._buffers, strict=True)])
         self.finite = finite
         self._skipped += ~finite
         self._in_a_row.add_(1).mul_(~finite)
         torch.maximum(self._most, self._in_a_row, out=self._most)
+
+    def _told(self, finite: Tensor) -> None:
+        """A step of an optimizer that leaves it out itself. With loss scaling, the scaler tells it."""
+        if self._scaler is None:
+            self._own.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        self._optimizer.step()
+
+    def _undone(self, finite: Tensor) -> None:
+        """A step that is taken, and then taken back where the gradient was bad."""
+        live = [*self._parameters, *self._state()]
+        before = [each.clone() for each in live]
+        self._optimizer.step()
+        made = list(self._state())[len(live) - len(self._parameters) :]  # by the first step
+        for now, good in zip([*live, *made], [*before, *map(torch.zeros_like, made)], strict=True):
+            now.copy_(torch.where(finite, now, good))
 
     def _state(self) -> Iterator[Tensor]:
         for parameter, values in self._optimizer.state.items():
@@ -70,3 +87,8 @@ class GuardedStep:
                 "the weights are as before them. Lower optim.lr, set train.clip, or look at the data and the teacher; "
                 "then go on with --resume auto"
             )
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All numbers one after the other, [n]."""
+    return torch.cat([each.detach().reshape(-1) for each in tensors]) if tensors else torch.empty(0)

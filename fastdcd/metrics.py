@@ -18,32 +18,38 @@ from pipelines.prefetch import Item
 
 
 class RunningMeans:
-    """Means of named 0-dimensional tensors over steps, kept on the device until asked for."""
+    """Means of named 0-dimensional tensors over steps, kept on the device until asked for.
+
+    One vector holds all sums: a step costs a few kernels, however many names there are.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._names: tuple[str, ...] = ()
+        self._sums: Tensor | None = None  # [names]
         self._steps: Tensor | int = 0
 
     def add(self, values: dict[str, Tensor], *, taken: Tensor | None = None) -> None:
         """Add one step's values, unless `taken` (bool, 0-dimensional) is false; nothing waits for the device."""
+        assert self._sums is None or self._names == tuple(values)
+        row = torch.stack([value.detach() for value in values.values()])
+        if taken is not None:
+            row = torch.where(taken, row, 0.0)
         self._steps = self._steps + (1 if taken is None else taken.float())
-        for name, value in values.items():
-            value = value.detach()
-            if taken is not None:
-                value = torch.where(taken, value, 0.0)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._names, self._sums = tuple(values), row if self._sums is None else self._sums + row
 
     def take(self, accelerator: Accelerator, others: dict[str, Tensor]) -> dict[str, float]:
         """Means since the last call and `others` as they are, averaged over processes, with one wait for the
         device. A mean over no steps is NaN."""
         values = {**self.on_device(), **others}
         vector = torch.stack([value.float() for value in values.values()])
-        self._sums, self._steps = {}, 0
+        self._sums, self._steps = None, 0
         return dict(zip(values, accelerator.reduce(vector, reduction="mean").tolist(), strict=True))
 
     def on_device(self) -> dict[str, Tensor]:
         """Means so far as tensors; nothing waits for the device."""
-        return {name: value / self._steps for name, value in self._sums.items()}
+        if self._sums is None:
+            return {}
+        return dict(zip(self._names, (self._sums / self._steps).unbind(), strict=True))
 
 
 class Stopwatch:

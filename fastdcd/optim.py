@@ -15,11 +15,19 @@ from fastdcd.distill import undecayed
 
 
 def _sgd(groups: list[dict[str, Any]], config: Optim) -> Optimizer:
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    optimizer = torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
+    )
+    if config.momentum:
+        # A first step that is left out (GuardedStep) would leave the fused kernel's momentum uninitialised.
+        for group in groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _adamw(groups: list[dict[str, Any]], config: Optim) -> Optimizer:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Optim], Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
