@@ -127,6 +127,8 @@ class TeacherCache:
         self._features: dict[int, NDArray[np.uint8]] = {}  # open for writing
         self._done: dict[int, NDArray[np.uint8]] = {}
         self._unmarked: list[tuple[int, NDArray[np.int64]]] = []  # rows written but not yet flushed
+        # rows on their way from a GPU: view, ids, pinned memory, and when they have arrived
+        self._travelling: tuple[int, Tensor, Tensor, torch.cuda.Event] | None = None
 
     # ---- opening
 
@@ -279,20 +281,37 @@ class TeacherCache:
         )
 
     def write(self, view: int, ids: Tensor, features: Tensor) -> None:
-        """Store features float32 [n, d] of samples `ids` int64 [n] of a started view; see `flush`."""
-        self.write_rows(view, ids, self.manifest.codec.encode(features.float()).cpu())
+        """Store features float32 [n, d] of samples `ids` int64 [n] of a started view; see `flush`.
 
-    def write_rows(self, view: int, ids: Tensor, encoded: Tensor) -> None:
-        """The same with rows that are encoded already: uint8 [n, row_bytes] on the host."""
+        Rows from a GPU travel while it goes on working: they are stored by the next call, or by `flush`.
+        """
+        rows = self.manifest.codec.encode(features.float())
+        self._store_travelling()
+        if rows.is_cuda:
+            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+            self._travelling = view, ids, host, torch.cuda.current_stream(rows.device).record_event()
+        else:
+            self._store(view, ids, rows)
+
+    def _store_travelling(self) -> None:
+        if self._travelling is not None:
+            view, ids, rows, copied = self._travelling
+            self._travelling = None
+            copied.synchronize()
+            self._store(view, ids, rows)
+
+    def _store(self, view: int, ids: Tensor, rows: Tensor) -> None:
+        """Rows uint8 [n, row_bytes], on the host, into the view's map."""
         if view not in self._done:
             self._features[view] = self._map(view, "r+")
             self._done[view] = np.load(self._path(view, "done"), mmap_mode="r+", allow_pickle=False)
-        rows = ids.cpu().numpy()
-        self._features[view][rows] = encoded.numpy()
-        self._unmarked.append((view, rows))
+        where = ids.cpu().numpy()
+        self._features[view][where] = rows.numpy()
+        self._unmarked.append((view, where))
 
     def flush(self) -> None:
         """Bring written rows to the disk, and only then mark them as done."""
+        self._store_travelling()
         written, self._unmarked = self._unmarked, []
         views = {view for view, _ in written}
         for view in views:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from fastdcd import experiment
@@ -115,19 +114,13 @@ def _fill_views(parts: Parts, cache: TeacherCache, views: Sequence[int], bar: tq
     )
     bar.update(len(views) * (rows - len(ids) * accelerator.num_processes))
     flushed = time.monotonic()
-    on_their_way: _RowsOnTheirWay | None = None
     for batch, _ in prefetch(parts.loader.epoch(work), lambda ids: None, accelerator.device):
         for view, images in zip(views, batch.images, strict=True):
-            rows_of_view = cache.manifest.codec.encode(teacher.features(images))
-            if on_their_way:
-                on_their_way.store(cache)  # of the pass before: a GPU is at work on this one
-            on_their_way = _RowsOnTheirWay(view, batch.ids, rows_of_view)
+            cache.write(view, batch.ids, teacher.features(images))
         bar.update(len(views) * len(batch.ids) * accelerator.num_processes)
         if time.monotonic() - flushed > FLUSH_SECONDS:
             cache.flush()
             flushed = time.monotonic()
-    if on_their_way:
-        on_their_way.store(cache)
     cache.flush()
     for view in views:
         cache.release(view)
@@ -136,21 +129,6 @@ def _fill_views(parts: Parts, cache: TeacherCache, views: Sequence[int], bar: tq
         for view in views:
             cache.finish(view)
     accelerator.wait_for_everyone()
-
-
-class _RowsOnTheirWay:
-    """Encoded rows that travel from the device to the host while the teacher goes on."""
-
-    def __init__(self, view: int, ids: Tensor, rows: Tensor) -> None:
-        self.view, self.ids, self.rows, self.copied = view, ids, rows, None
-        if rows.is_cuda:
-            self.rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
-            self.copied = torch.cuda.current_stream(rows.device).record_event()
-
-    def store(self, cache: TeacherCache) -> None:
-        if self.copied is not None:
-            self.copied.synchronize()
-        cache.write_rows(self.view, self.ids, self.rows)
 
 
 def _mine(done: NDArray[np.bool_], chunk: int, accelerator: Accelerator) -> NDArray[np.int64]:
