@@ -115,6 +115,8 @@ def run(arguments: argparse.Namespace, method: str, count: int, seed: int) -> di
     overrides += [f"run.dir={folder}", f"run.seed={seed}", "run.trackers=[]", f"eval.every={10**6}"]
     overrides += ["cache.check_rows=0"] if reused else []
     summary = train(config.load(arguments.config, overrides))
+    if not summary["finished"]:
+        raise SystemExit("stopped; start it again to go on")  # a signal ends the study, not one run of it
     return {"method": method, "views": count, "seed": seed, "top1": summary["top1"], "seconds": summary["seconds"]}
 
 
