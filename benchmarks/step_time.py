@@ -35,7 +35,11 @@ VARIANTS = {
 }
 
 
-def steps_of(cfg: config.Config, accelerator: Accelerator) -> Iterator[tuple[float, float]]:
+Times = tuple[float, float]  # seconds waited for data, seconds of the step
+WARM_UP = 3  # turns
+
+
+def steps_of(cfg: config.Config, accelerator: Accelerator) -> Iterator[Times]:
     """Take training steps for ever; yields seconds waited for data, and seconds of the step."""
     loader, val = experiment.open_data(cfg, accelerator)
     with loader, val:
@@ -107,24 +111,28 @@ def measure(file: Path, overrides: list[str], steps: int, scratch: Path) -> dict
     with (parts := filling.open_parts(configs["DCD + KD, cached"])).loader:
         filling.fill(parts)
 
-    variants = {name: steps_of(each, accelerator) for name, each in configs.items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    for turn in tqdm(range(steps + 3), "turns", disable=None):
+    times = in_turns({name: steps_of(each, accelerator) for name, each in configs.items()}, steps)
+    return {name: compare(own, times["plain cross-entropy"]) for name, own in times.items()}
+
+
+def in_turns(variants: dict[str, Iterator[Times]], steps: int) -> dict[str, list[Times]]:
+    """Times of `steps` steps of each variant, all taking a step in turn, after a few to warm up."""
+    times: dict[str, list[Times]] = {name: [] for name in variants}
+    for turn in tqdm(range(steps + WARM_UP), "turns", disable=None):
         for name, timed in variants.items():
             found = next(timed)
-            if turn >= 3:  # warm-up
+            if turn >= WARM_UP:
                 times[name].append(found)
-    for timed in variants.values():
-        timed.close()  # type: ignore[attr-defined]
-    plain = times["plain cross-entropy"]
+    return times
+
+
+def compare(own: list[Times], plain: list[Times]) -> dict[str, Any]:
+    """Median and quartiles of a variant's ratio to the plain step of the same turn, and of its seconds."""
     return {
-        name: {
-            "ratio_without_wait": record.spread([a[1] / b[1] for a, b in zip(own, plain, strict=True)]),
-            "ratio_with_wait": record.spread([sum(a) / sum(b) for a, b in zip(own, plain, strict=True)]),
-            "seconds": record.spread([step for _, step in own]),
-            "data_wait_seconds": record.spread([wait for wait, _ in own]),
-        }
-        for name, own in times.items()
+        "ratio_without_wait": record.spread([a[1] / b[1] for a, b in zip(own, plain, strict=True)]),
+        "ratio_with_wait": record.spread([sum(a) / sum(b) for a, b in zip(own, plain, strict=True)]),
+        "seconds": record.spread([step for _, step in own]),
+        "data_wait_seconds": record.spread([wait for wait, _ in own]),
     }
 
 
