@@ -14,8 +14,10 @@ is readable once complete. Nothing is pickled.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import math
 import mmap
 import os
 import zlib
@@ -27,6 +29,7 @@ from typing import IO, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -121,8 +124,8 @@ class TeacherCache:
     Reading needs no lock. Writing takes one: `lock_for_filling` refuses a second writer.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: Path, manifest: Manifest, classifier_digest: str) -> None:
+        self.path, self.manifest, self._classifier_digest = path, manifest, classifier_digest
         self._reading: dict[int, _Rows] = {}
         self._features: dict[int, NDArray[np.uint8]] = {}  # open for writing
         self._done: dict[int, NDArray[np.uint8]] = {}
@@ -141,10 +144,16 @@ class TeacherCache:
                 f"{path}: no teacher cache here; fill one: python tools/cache_teacher.py fill --config ... "
                 f"--set cache.path={path}"
             )
-        tree = json.loads(manifest_path.read_text())
-        if tree.pop("format", None) != FORMAT:
+        try:
+            tree = json.loads(manifest_path.read_text())
+            known = tree.pop("format") == FORMAT and tree["dtype"] in CODECS
+            digest = tree.pop("classifier", "")
+            manifest = Manifest(**tree)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{manifest_path}: damaged; fill the cache again in a new folder") from None
+        if not known:
             raise ValueError(f"{manifest_path}: not of format {FORMAT}; fill the cache again in a new folder")
-        return cls(path, Manifest(**tree))
+        return cls(path, manifest, digest)
 
     @classmethod
     def create(cls, path: Path, manifest: Manifest, classifier: nn.Linear) -> TeacherCache:
@@ -163,15 +172,13 @@ class TeacherCache:
                 f"{path}: the cache takes {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; choose another "
                 "cache.path, fewer views.count, or cache.dtype uint8"
             )
-        bias = classifier.bias
-        if bias is None:
-            bias = classifier.weight.new_zeros(classifier.out_features)
-        weights.save(path / "classifier.safetensors", {"weight": classifier.weight, "bias": bias})
+        cache = cls(path, manifest, weights.digest(_tensors(classifier)))
+        cache.write_classifier(classifier)
+        settled = {"format": FORMAT, "classifier": cache._classifier_digest}
         write_json(
-            path / "manifest.json",
-            {"format": FORMAT, **vars(manifest), "fingerprint": dict(manifest.fingerprint)},
+            path / "manifest.json", {**settled, **vars(manifest), "fingerprint": dict(manifest.fingerprint)}
         )
-        return cls(path, manifest)
+        return cache
 
     def check(self, expected: Manifest, *, allow: tuple[str, ...] = ()) -> None:
         """Compare with what this run would fill. Raises CacheMismatch that names both values.
@@ -199,12 +206,22 @@ class TeacherCache:
             )
 
     def classifier(self) -> nn.Linear:
-        """The teacher's final layer, frozen."""
-        tensors = load_file(self.path / "classifier.safetensors")
+        """The teacher's final layer, frozen. Raises ValueError if its file is missing or not as it was written."""
+        path = self.path / "classifier.safetensors"
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError):
+            tensors = {}
+        if not tensors or self._classifier_digest not in ("", weights.digest(tensors)):
+            raise ValueError(f"{path}: missing or damaged; write it again: tools/cache_teacher.py fill --repair")
         classes, dim = tensors["weight"].shape
         layer = nn.Linear(dim, classes).requires_grad_(False)
         layer.load_state_dict(tensors)
         return layer
+
+    def write_classifier(self, classifier: nn.Linear) -> None:
+        """Write the teacher's final layer, as `create` does."""
+        weights.save(self.path / "classifier.safetensors", _tensors(classifier))
 
     # ---- reading
 
@@ -237,48 +254,81 @@ class TeacherCache:
         return out
 
     def verify(self, view: int) -> list[range]:
-        """Ranges of rows whose checksum is wrong: empty if all of a complete view is as written."""
-        stored = np.load(self._path(view, "crc32"), allow_pickle=False)
-        actual = _block_sums(self._map(view, "r"))
+        """Ranges of rows, a block each, that are not as they were written: empty if all of a complete view is."""
+        actual = self._sums(view)
+        try:
+            stored = np.load(self._path(view, "crc32"), allow_pickle=False)
+        except (ValueError, EOFError):
+            stored = np.empty(0, np.uint32)
+        wrong = stored != actual if stored.shape == actual.shape else np.ones(len(actual), np.bool_)
         return [
             range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.manifest.rows))
-            for block in np.flatnonzero(stored != actual).tolist()
+            for block in np.flatnonzero(wrong).tolist()
         ]
+
+    def _sums(self, view: int) -> NDArray[np.int64]:
+        """CRC-32 of each block of rows as the file is now: int64 [blocks]; -1 for a block that is not all there."""
+        path, rows, row_bytes = self._path(view, ""), self.manifest.rows, self.manifest.row_bytes
+        sums = np.full(-(-rows // BLOCK_ROWS), -1)
+        if not path.is_file():
+            return sums
+        with path.open("rb") as file:
+            if file.read(_PAGE) == _npy_header((rows, row_bytes)):
+                for block in range(len(sums)):
+                    size = min(BLOCK_ROWS, rows - block * BLOCK_ROWS) * row_bytes
+                    data = file.read(size)
+                    if len(data) == size:
+                        sums[block] = zlib.crc32(data)
+        return sums
 
     # ---- writing
 
-    def lock_for_filling(self) -> IO[str]:
-        """Take the right to write until the returned file is closed. Raises ValueError if another has it."""
-        file = (self.path / "fill.lock").open("w")
+    @staticmethod
+    def lock_for_filling(path: Path) -> IO[str]:
+        """Take the right to write to a cache, begun or not, until the returned file is closed.
+
+        Raises ValueError if another process has it.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / "fill.lock").open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
-            raise ValueError(f"{self.path}: another process is filling this cache; wait for it") from None
+            raise ValueError(f"{path}: another process is filling this cache; wait for it") from None
         return file
 
     def start(self, view: int) -> None:
-        """Lay out a view's files if it is not complete and they are not there. One process does this for all."""
+        """Lay out a view's files if it is not complete and they are not there. One process does this for all.
+
+        Raises ValueError if the disk has no room for them.
+        """
         if self.complete(view):
             return
         shape = (self.manifest.rows, self.manifest.row_bytes)
-        for kind, size in (("", shape), ("done", shape[:1])):
-            path = self._path(view, kind)
-            if not path.is_file():
-                with replace_file(path) as file:  # sparse: takes no space until rows are written
-                    file.write(_npy_header(size))
-                    file.truncate(_PAGE + int(np.prod(size)))
+        rows, done = self._path(view, ""), self._path(view, "done")
+        try:
+            if not _is_laid_out(rows, shape):
+                done.unlink(missing_ok=True)  # what it says was done is gone
+                _lay_out(rows, shape)
+            if not _is_laid_out(done, shape[:1]):
+                _lay_out(done, shape[:1])
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise ValueError(
+                f"{rows}: {error.strerror}: a view takes {self.manifest.view_bytes / 1e9:.3g} GB and "
+                f"{free_bytes(self.path) / 1e9:.3g} GB are free; make room and fill again, complete views are kept"
+            ) from None
 
     def done(self, view: int) -> NDArray[np.bool_]:
         """Which rows [rows] of a view are written."""
         if self.complete(view):
             return np.ones(self.manifest.rows, np.bool_)
-        path = self._path(view, "done")
-        return (
-            np.load(path, allow_pickle=False).astype(np.bool_)
-            if path.is_file()
-            else np.zeros(self.manifest.rows, np.bool_)
-        )
+        path, shape = self._path(view, "done"), (self.manifest.rows,)
+        if not _is_laid_out(path, shape):
+            return np.zeros(shape, np.bool_)
+        return np.load(path, allow_pickle=False).astype(np.bool_)
 
     def write(self, view: int, ids: Tensor, features: Tensor) -> None:
         """Store features float32 [n, d] of samples `ids` int64 [n] of a started view; see `flush`.
@@ -324,8 +374,10 @@ class TeacherCache:
     def finish(self, view: int) -> None:
         """Sum a view whose rows are all done: from here on it can be read. One process does this."""
         assert self.done(view).all(), f"view {view} has rows that were never written"
+        sums = self._sums(view)
+        assert (sums >= 0).all(), f"view {view} lost rows while it was filled"
         with replace_file(self._path(view, "crc32")) as file:
-            np.save(file, _block_sums(self._map(view, "r")), allow_pickle=False)
+            np.save(file, sums.astype(np.uint32), allow_pickle=False)
         self.release(view)
         self._path(view, "done").unlink()
 
@@ -341,9 +393,13 @@ class TeacherCache:
         for block in rows:
             done[block.start : block.stop] = 0
         with replace_file(self._path(view, "done")) as file:
-            np.save(file, done, allow_pickle=False)
+            file.write(_npy_header(done.shape) + done.tobytes())
         self._path(view, "crc32").unlink()
         self.release(view)
+        path = self._path(view, "")
+        if path.is_file():
+            with path.open("r+b") as file:  # rows that were cut off get their room back; they are not done
+                os.posix_fallocate(file.fileno(), 0, _PAGE + self.manifest.rows * self.manifest.row_bytes)
 
     # ---- files
 
@@ -355,7 +411,9 @@ class TeacherCache:
         try:
             array = np.load(path, mmap_mode=mode, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path}: damaged or cut short ({error}); run tools/cache_teacher.py fill") from None
+            raise ValueError(
+                f"{path}: damaged or cut short ({error}); run tools/cache_teacher.py fill --repair"
+            ) from None
         expected = (self.manifest.rows, self.manifest.row_bytes)
         if array.shape != expected or array.dtype != np.uint8:
             raise ValueError(f"{path}: got {array.dtype} {array.shape}, expected uint8 {expected}")
@@ -397,10 +455,28 @@ def _npy_header(shape: tuple[int, ...]) -> bytes:
     return np.lib.format.magic(1, 0) + length.to_bytes(2, "little") + text.ljust(length - 1) + b"\n"
 
 
-def _block_sums(rows: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """CRC-32 of each block of rows: uint32 [blocks]."""
-    starts = range(0, len(rows), BLOCK_ROWS)
-    return np.array([zlib.crc32(rows[start : start + BLOCK_ROWS].data) for start in starts], np.uint32)
+def _lay_out(path: Path, shape: tuple[int, ...]) -> None:
+    """A uint8 .npy file of zeros. Its room is taken now: a write to a mapped page cannot say that the disk is full."""
+    with replace_file(path) as file:
+        file.write(_npy_header(shape))
+        file.flush()
+        os.posix_fallocate(file.fileno(), 0, _PAGE + math.prod(shape))
+
+
+def _is_laid_out(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a file is as `_lay_out` makes it, whatever its rows."""
+    if not path.is_file() or path.stat().st_size < _PAGE + math.prod(shape):
+        return False
+    with path.open("rb") as file:
+        return file.read(_PAGE) == _npy_header(shape)
+
+
+def _tensors(classifier: nn.Linear) -> dict[str, Tensor]:
+    bias = classifier.bias
+    return {
+        "weight": classifier.weight,
+        "bias": classifier.weight.new_zeros(classifier.out_features) if bias is None else bias,
+    }
 
 
 def free_bytes(path: Path) -> int:

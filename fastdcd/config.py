@@ -154,6 +154,8 @@ class Cache:
     """Views that tools/cache_teacher.py fills at once: each image is decoded once for all of them."""
     check_rows: Count = 16
     """Rows recomputed with the live teacher when a cache is opened."""
+    verify: bool = True
+    """Compare each view with its checksums before its first epoch: the next one's while this one trains."""
     allow_backend: tuple[str, ...] = ()
     """Pairs such as "ffcv->dali": read a cache filled through the first while training with the second."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -71,16 +71,12 @@ def fill(parts: Parts, *, repair: bool = False) -> None:
     assert config.cache.path is not None
     lock = None
     if accelerator.is_main_process:
-        cache = TeacherCache.create(config.cache.path, manifest, parts.teacher.classifier)
-        lock = cache.lock_for_filling()
+        lock = TeacherCache.lock_for_filling(config.cache.path)
+        TeacherCache.create(config.cache.path, manifest, parts.teacher.classifier)
     accelerator.wait_for_everyone()
     cache = TeacherCache.open(config.cache.path)
-    if accelerator.is_main_process:
-        for view in range(manifest.views):
-            if repair and cache.complete(view) and (damaged := cache.verify(view)):
-                rows = sum(map(len, damaged))
-                accelerator.print(f"view {view}: {rows} rows in {len(damaged)} damaged blocks are written again")
-                cache.reopen(view, damaged)
+    if repair and accelerator.is_main_process:
+        _reopen_damaged(parts, cache)
     accelerator.wait_for_everyone()
     missing = [view for view in range(manifest.views) if not cache.complete(view)]
     bar = tqdm(
@@ -94,6 +90,16 @@ def fill(parts: Parts, *, repair: bool = False) -> None:
     bar.close()
     if lock:
         lock.close()
+
+
+def _reopen_damaged(parts: Parts, cache: TeacherCache) -> None:
+    """Make a fill write again what is damaged."""
+    cache.write_classifier(parts.teacher.classifier)  # as good as what is there, if that is whole
+    for view in range(cache.manifest.views):
+        if cache.complete(view) and (damaged := cache.verify(view)):
+            rows = sum(map(len, damaged))
+            parts.accelerator.print(f"view {view}: {rows} rows in {len(damaged)} damaged blocks are written again")
+            cache.reopen(view, damaged)
 
 
 def _fill_views(parts: Parts, cache: TeacherCache, views: Sequence[int], bar: tqdm[NoReturn]) -> None:
@@ -139,12 +145,28 @@ def _mine(done: NDArray[np.bool_], chunk: int, accelerator: Accelerator) -> NDAr
     return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
 
-def verify(config: Config) -> dict[int, list[range]]:
-    """Damaged rows of each complete view, by checksum. Raises ValueError if there is no cache."""
+class Verified(NamedTuple):
+    """What is not as it was written: rows of complete views, in blocks; what is said of the classifier, or ""."""
+
+    views: int
+    complete: int
+    damaged: dict[int, list[range]]
+    classifier: str
+
+
+def verify(config: Config) -> Verified:
+    """Compare a cache with its checksums. Raises ValueError if there is no cache."""
     assert config.cache.path is not None
     cache = TeacherCache.open(config.cache.path)
     views = [view for view in range(cache.manifest.views) if cache.complete(view)]
-    return {view: cache.verify(view) for view in tqdm(views, "verify", unit="view", disable=None)}
+    found = {view: cache.verify(view) for view in tqdm(views, "verify", unit="view", disable=None)}
+    damaged = {view: blocks for view, blocks in found.items() if blocks}
+    classifier = ""
+    try:
+        cache.classifier()
+    except ValueError as error:
+        classifier = str(error)
+    return Verified(cache.manifest.views, len(views), damaged, classifier)
 
 
 def estimate(parts: Parts, *, seconds: float = 5.0) -> dict[str, Any]:

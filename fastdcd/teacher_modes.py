@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Protocol
 
 import torch
@@ -94,9 +95,17 @@ class OnlineTeacher(NoTeacher):
 class CachedTeacher(NoTeacher):
     """Features from the cache, logits recomputed from them by the teacher's own final layer."""
 
-    def __init__(self, cache: TeacherCache, view_count: int, device: torch.device, where: str = "cpu") -> None:
-        """`where` is cache.device of the config: cpu, cuda or auto."""
-        self.cache, self.view_count, self.where = cache, view_count, where
+    def __init__(
+        self,
+        cache: TeacherCache,
+        view_count: int,
+        device: torch.device,
+        where: str = "cpu",
+        verify: bool = True,
+    ) -> None:
+        """`where` is cache.device of the config: cpu, cuda or auto; `verify` is cache.verify."""
+        self.cache, self.view_count = cache, view_count
+        self.checks = _Checks(cache) if verify else None
         self.decode = cache.manifest.codec.decode
         self.classifier = cache.classifier().to(device)
         self.view = 0
@@ -105,6 +114,9 @@ class CachedTeacher(NoTeacher):
 
     def begin(self, epoch: int) -> int | None:
         view = epoch % self.view_count
+        if self.checks:
+            self.checks.wait(view)
+            self.checks.start((view + 1) % self.view_count)
         if self.on_device and (self.rows is None or view != self.view):
             self.rows = None  # its memory is free before the next view comes
             self.rows = self.cache.load(view, self.device)
@@ -122,6 +134,32 @@ class CachedTeacher(NoTeacher):
         return ModelOutput(features, self.classifier(features))
 
 
+class _Checks:
+    """Compares views with their checksums, each once, in a thread: all but the first while the epoch before trains.
+
+    It also brings a view into the page cache in the order of the disk.
+    """
+
+    def __init__(self, cache: TeacherCache) -> None:
+        self._cache = cache
+        self._thread = ThreadPoolExecutor(1, "verify")
+        self._damaged: dict[int, Future[list[range]]] = {}
+
+    def start(self, view: int) -> None:
+        """Begin with a view, if it is complete and was not checked yet."""
+        if view not in self._damaged and self._cache.complete(view):
+            self._damaged[view] = self._thread.submit(self._cache.verify, view)
+
+    def wait(self, view: int) -> None:
+        """Raises ValueError if a complete view is not as it was written."""
+        self.start(view)
+        if view in self._damaged and (damaged := self._damaged[view].result()):
+            raise ValueError(
+                f"{self._cache.path}: view {view}: {len(damaged)} blocks are not as they were written, the first of "
+                f"rows {damaged[0].start}-{damaged[0].stop - 1}; mend them: tools/cache_teacher.py fill --repair"
+            )
+
+
 def _held_on_device(cache: TeacherCache, device: torch.device, where: str) -> bool:
     if where == "cuda" and device.type != "cuda":
         raise ValueError("cache.device: got cuda, but this run is on the CPU; set cache.device=auto")
@@ -134,19 +172,29 @@ def _held_on_device(cache: TeacherCache, device: torch.device, where: str) -> bo
 class FillingTeacher(CachedTeacher):
     """Teaches online and writes what it computed while a view is new; later epochs read it."""
 
-    def __init__(self, cache: TeacherCache, view_count: int, teacher: Teacher, accelerator: Accelerator):
-        super().__init__(cache, view_count, accelerator.device)
+    def __init__(
+        self,
+        cache: TeacherCache,
+        view_count: int,
+        teacher: Teacher,
+        accelerator: Accelerator,
+        *,
+        verify: bool,
+        lock: IO[str] | None,
+    ) -> None:
+        """`lock` is the first process's right to write."""
+        super().__init__(cache, view_count, accelerator.device, verify=verify)
         self.online = OnlineTeacher(teacher)
         self.first = accelerator.is_main_process  # one process lays out and completes the files
         self.wait = accelerator.wait_for_everyone
         self.reading = False
-        self._lock: IO[str] | None = cache.lock_for_filling() if self.first else None
+        self._lock = lock
 
     def begin(self, epoch: int) -> int | None:
         self.view = epoch % self.view_count
         self.reading = self.cache.complete(self.view)
         if self.reading:
-            return None
+            return super().begin(epoch)
         if self.first:
             self.cache.start(self.view)
         self.wait()
@@ -199,7 +247,9 @@ def _cached(
     config: Config, loader: Loader, family: ViewFamily, teacher: Teacher, accelerator: Accelerator
 ) -> TeacherMode:
     cache = open_cache(config, loader, family, teacher)
-    return CachedTeacher(cache, config.view_count, accelerator.device, config.cache.device)
+    return CachedTeacher(
+        cache, config.view_count, accelerator.device, where=config.cache.device, verify=config.cache.verify
+    )
 
 
 def _fill(
@@ -207,12 +257,13 @@ def _fill(
 ) -> TeacherMode:
     assert config.cache.path is not None
     manifest = expected_manifest(config, loader, family, teacher)
-    first = accelerator.is_main_process
-    if first:
+    lock = None
+    if accelerator.is_main_process:
+        lock = TeacherCache.lock_for_filling(config.cache.path)
         TeacherCache.create(config.cache.path, manifest, teacher.classifier)
     accelerator.wait_for_everyone()
     cache = TeacherCache.open(config.cache.path)
-    return FillingTeacher(cache, config.view_count, teacher, accelerator)
+    return FillingTeacher(cache, config.view_count, teacher, accelerator, verify=config.cache.verify, lock=lock)
 
 
 MODES: dict[str, Build] = {"online": _online, "cached": _cached, "fill": _fill}

@@ -1,7 +1,9 @@
 """The teacher cache as files: formats, damage, repair, and two who want to write."""
 
 import json
+import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -75,19 +77,116 @@ def test_verify_and_repair(filled: tuple[Path, Path]) -> None:
     (cache / "view-001.npy").write_bytes(spoilt)
     ran = run_program(CACHE, "verify", "--config", file)
     assert ran.code == 1 and "view 1: 1 blocks" in ran.out and "--repair" in ran.out
+    ran = run_program("fastdcd/train.py", "--config", file)
+    assert ran.code == 2 and "view 1: 1 blocks" in ran.err and "--repair" in ran.err
     ran = run_program(CACHE, "fill", "--repair", "--config", file)
     assert ran.code == 0 and "written again" in ran.out
     assert (cache / "view-001.npy").read_bytes() == whole
     assert run_program(CACHE, "verify", "--config", file).code == 0
 
 
-@pytest.mark.parametrize("length", [0, 100, -1000])
-def test_a_view_cut_short_is_never_read(filled: tuple[Path, Path], length: int) -> None:
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def spoil(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def spoil_header(path: Path) -> None:
+    path.write_bytes(b"\0" + path.read_bytes()[1:])
+
+
+DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
+    ("view-000.npy", cut),
+    ("view-000.npy", spoil),
+    ("view-000.npy", spoil_header),
+    ("view-000.npy", empty),
+    ("view-000.npy", Path.unlink),
+    ("view-000.crc32.npy", spoil),
+    ("view-000.crc32.npy", empty),
+    ("classifier.safetensors", cut),
+    ("classifier.safetensors", spoil),
+    ("classifier.safetensors", Path.unlink),
+]
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES)
+def test_damage_is_never_read_and_is_repaired(
+    filled: tuple[Path, Path], name: str, damage: Callable[[Path], None]
+) -> None:
     file, cache = filled
-    view = cache / "view-000.npy"
-    view.write_bytes(view.read_bytes()[:length])
+    whole = {path.name: path.read_bytes() for path in cache.iterdir()}
+    damage(cache / name)
     ran = run_program("fastdcd/train.py", "--config", file)
-    assert ran.code == 2 and "view-000.npy" in ran.err and "Traceback" not in ran.err
+    assert ran.code == 2 and "fill --repair" in ran.err and "Traceback" not in ran.err, ran.err
+    ran = run_program(CACHE, "verify", "--config", file)
+    assert ran.code == 1 and ("rows 0-499" in ran.out or name in ran.out), ran.out
+    assert run_program(CACHE, "fill", "--repair", "--config", file).code == 0
+    assert {path.name: path.read_bytes() for path in cache.iterdir()} == whole
+
+
+def test_only_damaged_rows_are_filled_again(tmp_path: Path) -> None:
+    """A view that is cut short keeps the rows before the cut."""
+    manifest = Manifest(rows=3 * BLOCK_ROWS, dim=8, views=1, dtype="fp32", fingerprint={})
+    cache = TeacherCache.create(tmp_path / "c", manifest, nn.Linear(8, 3))
+    features = torch.randn(manifest.rows, 8)
+    cache.start(0)
+    cache.write(0, torch.arange(manifest.rows), features)
+    cache.flush()
+    cache.finish(0)
+    path = tmp_path / "c" / "view-000.npy"
+    path.write_bytes(path.read_bytes()[: -BLOCK_ROWS * 32 - 100])
+    damaged = cache.verify(0)
+    assert damaged == [range(BLOCK_ROWS, 2 * BLOCK_ROWS), range(2 * BLOCK_ROWS, 3 * BLOCK_ROWS)]
+    cache.reopen(0, damaged)
+    cache.start(0)
+    assert (cache.done(0) == (np.arange(manifest.rows) < BLOCK_ROWS)).all()
+    again = torch.arange(BLOCK_ROWS, manifest.rows)
+    cache.write(0, again, features[again])
+    cache.flush()
+    cache.finish(0)
+    assert torch.equal(manifest.codec.decode(cache.load(0, torch.device("cpu"))), features)
+
+
+def test_rows_that_are_gone_are_not_done(tmp_path: Path) -> None:
+    """Features of a half-filled view were deleted, its marks were not."""
+    manifest = Manifest(rows=BLOCK_ROWS, dim=8, views=1, dtype="fp32", fingerprint={})
+    cache = TeacherCache.create(tmp_path / "c", manifest, nn.Linear(8, 3))
+    cache.start(0)
+    cache.write(0, torch.arange(100), torch.randn(100, 8))
+    cache.flush()
+    (tmp_path / "c" / "view-000.npy").unlink()
+    cache = TeacherCache.open(tmp_path / "c")
+    cache.start(0)
+    assert not cache.done(0).any()
+
+
+def test_a_full_disk(digits: Digits, tmp_path: Path) -> None:
+    """Room is taken before rows are written, one line says what is missing, and the fill goes on once there is some."""
+    sections = {
+        "loss": BOTH,
+        "teacher": {"mode": "cached"},
+        "views": {"count": 2},
+        "cache": {"path": f"{tmp_path}/c"},
+    }
+    file = digits.file(tmp_path / "x.yaml", **sections)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # to the file system a full disk: it takes no more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        ran = run_program(CACHE, "fill", "--config", file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ran.code == 2 and "a view takes" in ran.err and "make room" in ran.err, ran.err
+    assert not list((tmp_path / "c").glob("view-*"))
+    assert run_program(CACHE, "fill", "--config", file).code == 0
+    assert run_program(CACHE, "verify", "--config", file).code == 0
 
 
 def test_the_live_teacher_is_asked(filled: tuple[Path, Path]) -> None:
@@ -102,9 +201,10 @@ def test_the_live_teacher_is_asked(filled: tuple[Path, Path]) -> None:
 
 def test_two_fills_at_once_are_refused(filled: tuple[Path, Path]) -> None:
     file, cache = filled
-    lock = TeacherCache.open(cache).lock_for_filling()
-    ran = run_program(CACHE, "fill", "--config", file)
-    assert ran.code == 2 and "another process is filling" in ran.err
+    lock = TeacherCache.lock_for_filling(cache)
+    for program in ((CACHE, "fill"), ("fastdcd/train.py", "--set", "teacher.mode=fill")):
+        ran = run_program(*program, "--config", file)
+        assert ran.code == 2 and "another process is filling" in ran.err
     lock.close()
     assert run_program(CACHE, "fill", "--config", file).code == 0
 
@@ -152,6 +252,11 @@ def test_a_cache_of_something_else_names_both_values(filled: tuple[Path, Path]) 
 
 def test_a_later_format_is_not_guessed_at(filled: tuple[Path, Path]) -> None:
     manifest = filled[1] / "manifest.json"
+    whole = manifest.read_text()
+    manifest.write_text(whole[:100])
+    ran = run_program("fastdcd/train.py", "--config", filled[0])
+    assert ran.code == 2 and "manifest.json: damaged" in ran.err
+    manifest.write_text(whole)
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": "fastdcd-cache-9"}))
     ran = run_program("fastdcd/train.py", "--config", filled[0])
     assert ran.code == 2 and "format" in ran.err

@@ -64,17 +64,18 @@ def fill(cfg: config.Config, arguments: argparse.Namespace) -> int:
 def verify(cfg: config.Config, arguments: argparse.Namespace) -> int:
     if cfg.cache.path is None:
         raise ValueError("cache.path is missing; set it in the config or with --set cache.path=...")
-    result = filling.verify(cfg)
-    damaged = {view: blocks for view, blocks in result.items() if blocks}
-    for view, blocks in damaged.items():
+    found = filling.verify(cfg)
+    for view, blocks in found.damaged.items():
         rows = ", ".join(f"{block.start}-{block.stop - 1}" for block in blocks[:5])
         print(
-            f"view {view}: {len(blocks)} blocks differ from their checksum, rows {rows}{' ...' if blocks[5:] else ''}"
+            f"view {view}: {len(blocks)} blocks are not as they were written, rows {rows}{' ...' if blocks[5:] else ''}"
         )
-    if damaged:
+    if found.classifier:
+        print(found.classifier)
+    if found.damaged or found.classifier:
         print("write them again: python tools/cache_teacher.py fill --repair --config ...")
         return 1
-    print(f"{cfg.cache.path}: {len(result)} complete views, every block as written")
+    print(f"{cfg.cache.path}: {found.complete} of {found.views} views are complete, every block as it was written")
     return 0
 
 
