@@ -121,6 +121,8 @@ class Teacher:
     std: tuple[float, float, float] | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the teacher's forward pass; part of a cache's fingerprint."""
+    compile: bool = False
+    """torch.compile the teacher. A cache may be filled with it and read without: the live check compares them."""
     evaluate: bool = True
     """Measure and print the teacher's accuracy before training."""
 

@@ -108,7 +108,10 @@ def load_teacher(config: Config, *, classes: int, rows: int, device: torch.devic
             raise ValueError("teacher.checkpoint is missing: an untrained teacher teaches nothing")
         network = models.build(model, classes=classes)
         weights.load_into(network, checkpoint, what="teacher", by_order=section.checkpoint_by_order)
-        members.append(Member(network, models.normalize_for(model, section.mean, section.std)))
+        member = Member(network, models.normalize_for(model, section.mean, section.std))
+        if section.compile:
+            member.compile()  # in place: the names of its weights, and so its digest, stay the same
+        members.append(member)
     name = " + ".join(model for model, _ in section.members)
     teacher = Teacher(members, size=config.teacher_size, rows=rows, precision=section.precision, name=name)
     teacher.to(memory_format=torch.channels_last)

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BOTH, Digits, metric_lines, run_program
+from conftest import BOTH, ROOT, Digits, metric_lines, run_program
 from torch import nn
 
+from fastdcd import models, weights
 from fastdcd.cache import BLOCK_ROWS, CODECS, CacheMismatch, Manifest, TeacherCache
 
 CACHE = "tools/cache_teacher.py"
@@ -59,8 +60,6 @@ def test_a_cache_is_small_beyond_its_features() -> None:
 
 
 def test_logits_come_from_the_teachers_own_layer(digits: Digits, filled: tuple[Path, Path]) -> None:
-    from fastdcd import models, weights
-
     network = models.build("cifar:resnet8", classes=10)
     weights.load_into(network, digits.teacher)
     features = torch.randn(5, 64)
@@ -303,7 +302,7 @@ def test_a_whole_view_is_its_rows(filled: tuple[Path, Path]) -> None:
 
 def test_several_teachers_in_one_cache(digits: Digits, tmp_path: Path) -> None:
     """Features side by side, the mean of the logits; cached and online agree; another second teacher is refused."""
-    from fastdcd import experiment, models, weights
+    from fastdcd import experiment
     from fastdcd.train import train
 
     torch.manual_seed(1)
@@ -345,3 +344,23 @@ def test_several_teachers_in_one_cache(digits: Digits, tmp_path: Path) -> None:
     sections["teacher"]["checkpoint"] = [files[0], str(tmp_path / "third.safetensors")]
     with pytest.raises(ValueError, match=r"teacher\.weights"):
         train(digits.config(tmp_path / "third", **sections))
+
+
+@pytest.mark.parametrize("settings", [["teacher.compile=true"], ["teacher.precision=bf16", "cache.dtype=bf16"]])
+def test_a_faster_teacher_fills_the_same_features(digits: Digits, tmp_path: Path, settings: list[str]) -> None:
+    """Within the tolerance of the live check. A compiled teacher's cache is read without compiling one."""
+    model = f"{ROOT}/configs/digits/tiny.py:tiny"  # compiles in a few seconds
+    weights.save(tmp_path / "t.safetensors", models.build(model, classes=10).original_state_dict())
+    teacher = {"mode": "cached", "model": model, "checkpoint": str(tmp_path / "t.safetensors")}
+    sections = {"loss": BOTH, "teacher": teacher, "views": {"count": 1}, "train": {"max_steps": 1}}
+    for name in ("plain", "fast"):
+        (tmp_path / name).mkdir()
+        file = digits.file(tmp_path / name / "x.yaml", **sections, cache={"path": str(tmp_path / name / "cache")})
+        ran = run_program(CACHE, "fill", "--config", file, *(["--set", *settings] if name == "fast" else []))
+        assert ran.code == 0, ran.err
+    plain, fast = (TeacherCache.open(tmp_path / name / "cache") for name in ("plain", "fast"))
+    features = [cache.manifest.codec.decode(cache.load(0, torch.device("cpu"))) for cache in (plain, fast)]
+    assert torch.nn.functional.cosine_similarity(*features).min() > fast.manifest.codec.cosine
+    kept = [each for each in settings if each != "teacher.compile=true"]
+    ran = run_program("fastdcd/train.py", "--config", file, *(["--set", *kept] if kept else []))
+    assert ran.code == 0, ran.err
