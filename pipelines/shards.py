@@ -198,7 +198,8 @@ class ShardReader:
             raise ValueError(f"{folder / INDEX}: no offsets in it; convert the dataset again")
         paths = sorted(folder.glob("shard-*.tar"))
         _allow_open_files(len(paths))
-        self._maps = [_map_file(path) for path in paths]
+        self._files = [_map_file(path) for path in paths]
+        self._maps = [np.frombuffer(file, np.uint8) for file in self._files]
         ends = np.cumsum([len(bytes_) for bytes_ in self._maps], dtype=np.int64)
         self._shard = np.searchsorted(ends, index.offsets, side="right")
         total = int(ends[-1]) if len(ends) else 0
@@ -215,14 +216,21 @@ class ShardReader:
         rows = zip(self._shard[ids], self._start[ids], self.index.lengths[ids], strict=True)
         return [self._maps[shard][start : start + length] for shard, start, length in rows]
 
+    def will_need(self, ids: NDArray[np.int64]) -> None:
+        """Let the kernel read samples `ids` [n] in the background; does not wait for the storage."""
+        assert self.index.lengths is not None
+        for shard, start, length in zip(self._shard[ids], self._start[ids], self.index.lengths[ids], strict=True):
+            page = start - start % mmap.PAGESIZE
+            self._files[shard].madvise(mmap.MADV_WILLNEED, page, start + length - page)
+
     def close(self) -> None:
         """Let go of the files. Views handed out keep theirs open."""
-        self._maps = []
+        self._maps, self._files = [], []
 
 
-def _map_file(path: Path) -> NDArray[np.uint8]:
+def _map_file(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _allow_open_files(count: int) -> None:
