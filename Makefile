@@ -1,10 +1,10 @@
-# make demo | test | lint each set up what they need, once; the second time they start at once.
+# make demo | test | bench | lint each set up what they need, once; the second time they start at once.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test bench lint format clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## / : /'
@@ -16,6 +16,9 @@ demo: $(VENV)/.ready  ## distil a student on real digits: teacher, cache, three 
 
 test: $(VENV)/.ready-test  ## every test, every backend
 	$(RUN) -m pytest $(TESTS)
+
+bench: $(VENV)/.ready  ## what has been measured, what has not, and the command of each
+	@$(RUN) benchmarks/run_gpu.py --list
 
 lint: $(VENV)/.ready-test  ## style, formatting, types
 	$(RUN) -m ruff check .

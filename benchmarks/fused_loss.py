@@ -132,6 +132,7 @@ def main() -> int:
     parser.add_argument("--device", choices=FORMS, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, on the CPU")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each number of rows")
+    parser.add_argument("--name", help="results are written to benchmarks/results/NAME; default fused-loss-DEVICE")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--times", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -162,7 +163,7 @@ def main() -> int:
             }
             for form, each in seconds.items()
         }
-    record.write(f"fused-loss-{arguments.device}", results, table(results))
+    record.write(arguments.name or f"fused-loss-{arguments.device}", results, table(results))
     return 0
 
 

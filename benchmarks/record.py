@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 
 from pipelines.files import write_json
 
-RESULTS = Path(__file__).resolve().parent / "results"
+# FASTDCD_RESULTS: another folder, for runs that try the code and measure nothing.
+RESULTS = Path(os.environ.get("FASTDCD_RESULTS", Path(__file__).resolve().parent / "results"))
 PACKAGES = ("torch", "torchvision", "accelerate", "timm", "numpy", "ffcv", "nvidia-dali-cuda130")
 
 
@@ -32,7 +34,7 @@ def text(value: dict[str, float], digits: int = 3) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Command, processor, GPU and versions."""
+    """Date, command, processor, GPU and versions."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -48,6 +50,7 @@ def environment() -> dict[str, Any]:
         platform.processor(),
     )
     return {
+        "date": time.strftime("%Y-%m-%d"),
         "command": "python " + shlex.join(sys.argv),
         "processor": processor,
         "cores": os.cpu_count(),
@@ -62,7 +65,7 @@ def environment() -> dict[str, Any]:
 def write(name: str, results: dict[str, Any], table: str) -> None:
     """benchmarks/results/NAME.json and .md, and the table on the terminal."""
     found = environment()
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     write_json(RESULTS / f"{name}.json", {"environment": found, **results})
     about = (
         f"`{found['command']}` on {found['gpu'] or found['processor']}, {found['cores']} cores, "

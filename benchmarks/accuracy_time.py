@@ -1,0 +1,255 @@
+"""Accuracy against training time: plain, KD and DCD + KD, the teacher cached and online, recipes of several lengths.
+
+In three parts, each resumable, since they want different machines. `train` trains every student and keeps its
+accuracy; it may share the machine and be started twice with other --seeds. `time` trains two epochs of every
+variant in turns and keeps the seconds of the second; it wants an idle machine. `draw` writes the table and the
+chart: accuracy from the one, time from the other.
+
+    python benchmarks/accuracy_time.py train time draw --config configs/cifar100/cpu/dcd_kd.yaml --folder data/study/time \
+        --name accuracy-time-cpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
+
+import matplotlib
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from benchmarks import record, training
+from benchmarks.training import append, lines
+from fastdcd import cli, config, filling
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+PLAIN = "no teacher"
+STUDENTS = {
+    PLAIN: ["teacher.mode=none", "loss.kd=0", "loss.dcd=0"],
+    "KD, cached": ["teacher.mode=cached", "loss.kd=1", "loss.dcd=0"],
+    "DCD + KD, cached": ["teacher.mode=cached", "loss.kd=1", "loss.dcd=1"],
+    "DCD + KD, online": ["teacher.mode=online", "teacher.precision=bf16", "loss.kd=1", "loss.dcd=1"],
+}
+# What is timed only. As distillation is usually trained: images from files through a torch DataLoader, fp32.
+USUAL = "DCD + KD, online, fp32, `torch` loader from files"
+FILL = "filling one view of the cache"
+COLORS = {PLAIN: "#8a8a8a", "KD, cached": "#3b78b8", "DCD + KD, cached": "#c8502d", "DCD + KD, online": "#c8502d"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="accuracy_time.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="+", choices=PARTS, help="what to do, in this order")
+    config.add_arguments(parser)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[2, 4, 8, 16], help="lengths of the recipe")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every variant in `time`")
+    parser.add_argument("--folder", type=Path, required=True, help="runs; go on there when started again")
+    parser.add_argument("--name", required=True, help="results are written to benchmarks/results/NAME")
+    arguments = parser.parse_args()
+    for part in arguments.parts:
+        PARTS[part](arguments)
+    return 0
+
+
+# ---- training
+
+
+def train_all(arguments: argparse.Namespace) -> None:
+    """Every student of every length and seed that has no line in runs.jsonl yet."""
+    fill(arguments)
+    log = arguments.folder / "runs.jsonl"
+    cells = [
+        (student, epochs, seed) for seed in arguments.seeds for epochs in arguments.epochs for student in STUDENTS
+    ]
+    done = {(row["student"], row["epochs"], row["seed"]) for row in lines(log)}
+    for student, epochs, seed in tqdm([cell for cell in cells if cell not in done], "runs", disable=None):
+        settings = [*STUDENTS[student], *recipe(epochs), f"run.seed={seed}"]
+        summary = training.fresh(load(arguments, settings, f"seed-{seed}"))
+        append(log, {"student": student, "epochs": epochs, "seed": seed, "top1": summary["top1"]})
+
+
+def fill(arguments: argparse.Namespace) -> None:
+    """The config's own cache, with a view for each epoch of the longest recipe."""
+    settings = [*STUDENTS["DCD + KD, cached"], f"views.count={max(arguments.epochs)}"]
+    with (parts := filling.open_parts(load(arguments, settings))).loader:
+        filling.fill(parts)
+
+
+def recipe(epochs: int) -> list[str]:
+    """The config's recipe in so many epochs, an eighth of them warm-up."""
+    return [f"train.epochs={epochs}", f"schedule.warmup={epochs / 8}"]
+
+
+def load(arguments: argparse.Namespace, settings: list[str], run: str = "run") -> config.Config:
+    folder = f"run.dir={arguments.folder / run}"
+    return config.load(arguments.config, [*training.QUIET, folder, *settings, *arguments.set])
+
+
+# ---- timing
+
+
+def time_all(arguments: argparse.Namespace) -> None:
+    """Rounds in which each variant trains two epochs; the seconds of the second go to times.jsonl, a line a round."""
+    fill(arguments)
+    images = folders(arguments)
+    usual = [f"data.{part}={images / part}" for part in ("train", "val")]
+    usual += ["data.backend=torch", "train.precision=fp32", "teacher.precision=fp32"]
+
+    def epoch(settings: list[str]) -> float:
+        return training.second_epoch(load(arguments, [*settings, *recipe(2)], "timed")).seconds
+
+    timed: dict[str, Callable[[], float]] = {
+        **{name: lambda settings=settings: epoch(settings) for name, settings in STUDENTS.items()},  # type: ignore[misc]
+        USUAL: lambda: epoch([*STUDENTS["DCD + KD, online"], *usual]),
+        FILL: lambda: fill_one(arguments),
+    }
+    log = arguments.folder / "times.jsonl"
+    order = random.Random(0)
+    for _ in tqdm(range(len(lines(log)), arguments.rounds), "rounds", disable=None):
+        append(log, {name: timed[name]() for name in order.sample(list(timed), len(timed))})
+
+
+def fill_one(arguments: argparse.Namespace) -> float:
+    """Seconds to fill one view of a cache."""
+    cache = arguments.folder / "filled"
+    shutil.rmtree(cache, ignore_errors=True)
+    settings = [*STUDENTS["DCD + KD, cached"], "views.count=1", f"cache.path={cache}", "teacher.precision=bf16"]
+    training.forget_accelerate()
+    with (parts := filling.open_parts(load(arguments, settings))).loader:
+        begin = time.perf_counter()
+        filling.fill(parts)
+        return time.perf_counter() - begin
+
+
+def folders(arguments: argparse.Namespace) -> Path:
+    """The resident set as class folders of PNG files, for the torch loader."""
+    section = load(arguments, []).data
+    out: Path = arguments.folder / "images"
+    if (out / "complete").is_file():
+        return out
+    for part, source in (("train", section.train), ("val", section.val)):
+        classes = json.loads((source / "index.json").read_text())["classes"]
+        pixels, labels = np.load(source / "images.npy", mmap_mode="r"), np.load(source / "labels.npy")
+        for name in classes:
+            (out / part / name).mkdir(parents=True, exist_ok=True)
+        for number, label in enumerate(labels.tolist()):
+            Image.fromarray(pixels[number]).save(out / part / classes[label] / f"{number:05d}.png")
+    (out / "complete").touch()
+    return out
+
+
+# ---- results
+
+
+def draw(arguments: argparse.Namespace) -> None:
+    """The table and the chart in benchmarks/results. Times are ratios to an epoch without a teacher."""
+    runs, rounds = lines(arguments.folder / "runs.jsonl"), lines(arguments.folder / "times.jsonl")
+    names = [*STUDENTS, USUAL, FILL]
+    ratios = {name: record.spread([each[name] / each[PLAIN] for each in rounds]) for name in names}
+    gain = record.spread([each[USUAL] / each["DCD + KD, cached"] for each in rounds])
+    lengths = sorted({row["epochs"] for row in runs})
+    cells = {
+        name: [Cell.of(runs, name, epochs, ratios[name]["median"]) for epochs in lengths] for name in STUDENTS
+    }
+    teacher = teacher_accuracy(arguments)
+    heading = [f"{epochs} epochs" for epochs in lengths]
+    table = [
+        "Top-1 in percent, mean (lowest to highest) of the seeds; an epoch's time beside that of the student without a "
+        "teacher, median (quartiles) of the rounds.",
+        "",
+        f"| student | {' | '.join(heading)} | time of an epoch |",
+        "|---" * (len(lengths) + 2) + "|",
+    ]
+    for name, row in cells.items():
+        texts = [f"{np.mean(cell.top1):.2f} ({min(cell.top1):.2f} to {max(cell.top1):.2f})" for cell in row]
+        table.append(f"| {name} | {' | '.join(texts)} | {record.text(ratios[name], 2)} |")
+    table += [f"| {name} |{' |' * len(lengths)} {record.text(ratios[name], 2)} |" for name in (USUAL, FILL)]
+    table += [
+        "",
+        f"Teacher {teacher:.2f} %. {USUAL}, over DCD + KD, cached, bf16, resident: {record.text(gain, 2)} times the "
+        f"time of an epoch. {len(rounds)} rounds; seeds {sorted({row['seed'] for row in runs})}.",
+    ]
+    chart(cells, ratios, teacher, record.RESULTS / f"{arguments.name}.png")
+    results = {
+        "config": str(arguments.config),
+        "overrides": arguments.set,
+        "students": STUDENTS,
+        "teacher_top1": teacher,
+        "runs": runs,
+        "seconds_of_an_epoch": rounds,
+        "epoch_over_plain": ratios,
+        "usual_over_cached": gain,
+    }
+    record.write(arguments.name, results, "\n".join(table))
+
+
+class Cell(NamedTuple):
+    """One student at one length: time in epochs of the student without a teacher, and top-1 % of each seed."""
+
+    time: float
+    top1: list[float]
+
+    @classmethod
+    def of(cls, runs: list[dict[str, Any]], student: str, epochs: int, ratio: float) -> Cell:
+        found = [row["top1"] for row in runs if (row["student"], row["epochs"]) == (student, epochs)]
+        return cls(epochs * ratio, found)
+
+
+def teacher_accuracy(arguments: argparse.Namespace) -> float:
+    (checkpoint,) = [path for _, path in load(arguments, []).teacher.members if path]
+    found: float = json.loads((checkpoint.parent / "summary.json").read_text())["top1"]
+    return found
+
+
+def chart(cells: dict[str, list[Cell]], ratios: dict[str, Any], teacher: float, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    for name, row in cells.items():
+        times, top1 = [cell.time for cell in row], np.array([cell.top1 for cell in row])  # [lengths, seeds]
+        online = name.endswith("online")
+        (line,) = axes.plot(
+            times,
+            top1.mean(1),
+            color=COLORS[name],
+            marker="o",
+            markersize=5,
+            markerfacecolor="white" if online else None,
+            linestyle="--" if online else "-",
+            label=name,
+        )
+        axes.vlines(times, top1.min(1), top1.max(1), color=line.get_color(), linewidth=1)
+    dress(axes, cells, teacher)
+    figure.savefig(path, dpi=130)
+
+
+def dress(axes: Axes, cells: dict[str, list[Cell]], teacher: float) -> None:
+    """Axes, labels and the teacher's line."""
+    axes.axhline(teacher, color="black", linewidth=0.8, linestyle=":")
+    axes.annotate("teacher", (min(cells[PLAIN])[0], teacher), (0, 3), textcoords="offset points", fontsize=9)
+    axes.set_xscale("log", base=2)
+    ticks = [2**power for power in range(1, 7) if 2**power <= 1.3 * max(row[-1].time for row in cells.values())]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set(xlabel="training time (1 = an epoch of the student without a teacher)", ylabel="top-1, %")
+    axes.grid(axis="y", linewidth=0.4, alpha=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+
+
+PARTS = {"train": train_all, "time": time_all, "draw": draw}
+
+if __name__ == "__main__":
+    cli.run(main)
