@@ -1,12 +1,13 @@
-"""The shipped experiments: commands in their headers, and the published settings of the CIFAR-100 pairs."""
+"""The shipped experiments: two steps of each, commands in their headers, published settings of the CIFAR-100 pairs."""
 
 import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, forget_accelerate, metric_lines
 
-from fastdcd import config
+from fastdcd import config, models, weights
+from fastdcd.train import train
 
 CONFIGS = ROOT / "configs"
 CIFAR = CONFIGS / "cifar100"
@@ -19,6 +20,61 @@ PAIRS = {
     "resnet50": ("mobilenetv2", "vgg8"),
 }
 METHODS = {"kd": (1, 0), "dcd": (0, 1), "dcd_kd": (1, 1)}  # weights of KD and DCD
+
+
+# Files that other configs are based on have no commands.
+EXPERIMENTS = [
+    path
+    for path in sorted(CONFIGS.rglob("*.yaml"))
+    if path.parent.name != "accelerate" and "--config " in path.read_text()
+]
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for teachers with the weights of a seed."""
+    return tmp_path_factory.mktemp("teachers")
+
+
+def small(size: int | dict[int, int]) -> int | dict[int, int]:
+    """Image sizes of ImageNet divided by four, those of CIFAR as they are."""
+    if isinstance(size, dict):
+        return {epoch: pixels // 4 for epoch, pixels in size.items()}
+    return size // 4 if size > 100 else size
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(CONFIGS).with_suffix("")))
+def test_two_steps_of_every_experiment(path: Path, teachers: Path, tmp_path: Path) -> None:
+    """As shipped, but on noise, in tiny batches, and with a teacher that was never trained."""
+    given = config.load(path)
+    overrides = [
+        "data.backend=synthetic",
+        "data.train=8x10",
+        "data.val=8x10",
+        "data.classes=null",
+        "data.device=cpu",
+    ]
+    overrides += ["data.batch_size=4", f"student.image_size={small(given.student.image_size)}"]
+    overrides += ["train.max_steps=2", "run.trackers=[]", f"run.dir={tmp_path / 'run'}"]
+    if given.teacher.model:
+        ((name, _),) = given.teacher.members
+        checkpoint = teachers / f"{name.replace(':', '-')}.safetensors"
+        if not checkpoint.exists():
+            weights.save(checkpoint, models.build(name, classes=10).original_state_dict())
+        overrides += [
+            f"teacher.checkpoint={checkpoint}",
+            "teacher.checkpoint_by_order=false",
+            "teacher.evaluate=false",
+        ]
+        overrides += [f"teacher.image_size={small(given.teacher_size)}", f"cache.path={tmp_path / 'cache'}"]
+        overrides += ["teacher.mode=fill"] if given.teacher.mode == "cached" else []
+    summary = train(config.load(path, overrides))
+    forget_accelerate()
+    assert summary["step"] == 2 and not summary["finished"]
+    assert summary["teacher_images"] == (8 if given.teacher.model else 0)
+    (line,) = [each for each in metric_lines(tmp_path / "run", "train") if each["step"] == 2]
+    terms = {"kd": given.loss.kd, "dcd_contrast": given.loss.dcd, "dcd_consist": given.loss.dcd}
+    assert all((name in line) == bool(weight) for name, weight in terms.items()) and line["skipped_steps"] == 0
 
 
 def header(path: Path) -> str:
