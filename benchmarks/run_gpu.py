@@ -120,7 +120,7 @@ PARTS = (
         script="cifar_pairs.py",
         arguments="--minutes 8",
         tiny=f"--pairs 1 --methods KD --seeds 1 --runs {TINY} "
-        "--set data.device=cpu train.epochs=1 schedule.warmup=0 views.count=1 train.precision=fp32",
+        "--set data.device=cpu student.image_size=8 train.epochs=1 schedule.warmup=0 views.count=1 train.precision=fp32",
         needs=CIFAR,
     ),
 )
