@@ -68,12 +68,12 @@ def _step(name: str, experiment: str, batch: int, size: int, teacher_size: int) 
     return Part(
         name=name,
         script="step_time.py",
-        arguments=f"--config configs/imagenet/{experiment}/100_epochs.yaml --steps 60 --set {settings} "
+        arguments=f"--config configs/imagenet/{experiment}/100_epochs.yaml --steps 60 --compiled --set {settings} "
         f"data.batch_size={batch} student.image_size={size} teacher.image_size={teacher_size}",
-        tiny="--steps 2 --set data.train=32x10 data.val=8x10 data.batch_size=4 student.image_size=32 "
+        tiny="--steps 2 --no-compiled --set data.train=32x10 data.val=8x10 data.batch_size=4 student.image_size=32 "
         "teacher.image_size=32 teacher.model=torchvision:shufflenet_v2_x0_5 student.model=torchvision:shufflenet_v2_x0_5 "
         "data.device=cpu train.precision=fp32",
-        minutes=5.0,
+        minutes=8.0,
     )
 
 

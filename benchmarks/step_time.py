@@ -33,6 +33,10 @@ VARIANTS = {
     "DCD + KD, cached": ["loss.kd=1", "loss.dcd=1", "teacher.mode=cached"],
     "DCD + KD, online": ["loss.kd=1", "loss.dcd=1", "teacher.mode=online"],
 }
+COMPILED = {
+    f"{name}, compiled": [*settings, "train.compile=true", "teacher.compile=true"]
+    for name, settings in VARIANTS.items()
+}
 
 
 Times = tuple[float, float]  # seconds waited for data, seconds of the step
@@ -75,23 +79,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="step_time.py", description=__doc__.splitlines()[0] if __doc__ else None)
     config.add_arguments(parser)
     parser.add_argument("--steps", type=int, default=60, metavar="N", help="timed steps of each (default 60)")
+    parser.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="each also with student and teacher compiled",
+    )
     parser.add_argument("--name", required=True, help="results are written to benchmarks/results/NAME")
     arguments = parser.parse_args()
+    variants = {**VARIANTS, **(COMPILED if arguments.compiled else {})}
     with tempfile.TemporaryDirectory() as scratch:
-        results = measure(arguments.config, arguments.set, arguments.steps, Path(scratch))
+        results = measure(arguments.config, arguments.set, variants, arguments.steps, Path(scratch))
     lines = [
         "| step | time, data wait excluded | time, data wait included |",
         "|---|---|---|",
         "| plain cross-entropy | 1 | 1 |",
     ]
-    for name in list(VARIANTS)[1:]:
+    for name in list(variants)[1:]:
         excluded, included = results[name]["ratio_without_wait"], results[name]["ratio_with_wait"]
         lines.append(f"| {name} | {record.text(excluded)} | {record.text(included)} |")
     record.write(arguments.name, {"config": str(arguments.config), "variants": results}, "\n".join(lines))
     return 0
 
 
-def measure(file: Path, overrides: list[str], steps: int, scratch: Path) -> dict[str, dict[str, Any]]:
+def measure(
+    file: Path, overrides: list[str], variants: dict[str, list[str]], steps: int, scratch: Path
+) -> dict[str, dict[str, Any]]:
     """Median and quartiles of each variant's ratio to the plain step of the same turn."""
     base = config.load(file, [*overrides, "teacher.mode=none", "loss.kd=0", "loss.dcd=0"])
     accelerator = experiment.make_accelerator(base)
@@ -107,7 +120,7 @@ def measure(file: Path, overrides: list[str], steps: int, scratch: Path) -> dict
         "views.count=1",
         f"run.dir={scratch / 'run'}",
     ]
-    configs = {name: config.load(file, [*common, *settings]) for name, settings in VARIANTS.items()}
+    configs = {name: config.load(file, [*common, *settings]) for name, settings in variants.items()}
     with (parts := filling.open_parts(configs["DCD + KD, cached"])).loader:
         filling.fill(parts)
 
