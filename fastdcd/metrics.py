@@ -37,13 +37,21 @@ class RunningMeans:
         self._steps = self._steps + (1 if taken is None else taken.float())
         self._names, self._sums = tuple(values), row if self._sums is None else self._sums + row
 
-    def take(self, accelerator: Accelerator, others: dict[str, Tensor]) -> dict[str, float]:
-        """Means since the last call and `others` as they are, averaged over processes, with one wait for the
-        device. A mean over no steps is NaN."""
+    def take(
+        self, accelerator: Accelerator, others: dict[str, Tensor], own: float
+    ) -> tuple[dict[str, float], list[float]]:
+        """Means since the last call and `others` as they are, averaged over processes, and each process's `own`,
+        with one wait for the device. A mean over no steps is NaN."""
         values = {**self.on_device(), **others}
-        vector = torch.stack([value.float() for value in values.values()])
+        count = accelerator.num_processes
+        each = torch.zeros(count)  # the mean of vectors that are zero but for one place holds all of them
+        each[accelerator.process_index] = own * count
+        vector = torch.cat(
+            [torch.stack([value.float() for value in values.values()]), each.to(accelerator.device)]
+        )
         self._sums, self._steps = None, 0
-        return dict(zip(values, accelerator.reduce(vector, reduction="mean").tolist(), strict=True))
+        numbers = accelerator.reduce(vector, reduction="mean").tolist()
+        return dict(zip(values, numbers[:-count], strict=True)), numbers[-count:]
 
     def on_device(self) -> dict[str, Tensor]:
         """Means so far as tensors; nothing waits for the device."""
@@ -53,13 +61,17 @@ class RunningMeans:
 
 
 class Stopwatch:
-    """Images a second and the share of time spent waiting for data, and seconds of training in all."""
+    """Images a second and the share of time spent waiting for data, and seconds of training in all.
+
+    Attributes:
+        waited: seconds this process waited for data since the last line.
+    """
 
     def __init__(self, seconds: float = 0.0) -> None:
         """`seconds` were spent before this process."""
         self._before, self._running = seconds, False
         self._begin = self._mark = time.perf_counter()
-        self._waited, self._images = 0.0, 0
+        self.waited, self._images = 0.0, 0
 
     @property
     def seconds(self) -> float:
@@ -68,7 +80,7 @@ class Stopwatch:
 
     def start(self) -> None:
         self._begin = self._mark = time.perf_counter()
-        self._waited, self._images, self._running = 0.0, 0, True
+        self.waited, self._images, self._running = 0.0, 0, True
 
     def stop(self) -> None:
         self._before, self._running = self.seconds, False
@@ -78,7 +90,7 @@ class Stopwatch:
         while True:
             asked = time.perf_counter()
             item = next(items, None)
-            self._waited += time.perf_counter() - asked
+            self.waited += time.perf_counter() - asked
             if item is None:
                 return
             yield item
@@ -87,13 +99,18 @@ class Stopwatch:
         """A step over `images` images of all processes was taken."""
         self._images += images
 
-    def take(self) -> dict[str, float]:
-        """images_per_second and data_wait (0..1) since the last call; call it when the device was waited for."""
+    def take(self, waits: list[float]) -> dict[str, Any]:
+        """images_per_second of all processes and data_wait, the mean of theirs (0..1), since the last call. Of
+        several processes also data_wait_ranks, each one's: a slow one can be told by it.
+
+        Call it when the device was waited for, with every process's `waited`.
+        """
         now = time.perf_counter()
         seconds = max(now - self._mark, 1e-9)
-        rates = {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
-        self._mark, self._waited, self._images = now, 0.0, 0
-        return rates
+        shares = [each / seconds for each in waits]
+        rates = {"images_per_second": self._images / seconds, "data_wait": sum(shares) / len(shares)}
+        self._mark, self.waited, self._images = now, 0.0, 0
+        return {**rates, "data_wait_ranks": shares} if len(shares) > 1 else rates
 
 
 class MetricsWriter:
@@ -117,16 +134,26 @@ class MetricsWriter:
         if not self._accelerator.is_main_process:
             return
         values = {
-            name: None if value != value or abs(value) == math.inf else value for name, value in values.items()
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
         }
         self._file.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **values}) + "\n")
         self._file.flush()
-        known = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+        known = {f"{kind}/{name}": value for name, value in _scalars(values)}
         self._accelerator.log(known, step=step)
 
     def close(self) -> None:
         if self._accelerator.is_main_process:
             self._file.close()
+
+
+def _scalars(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """What trackers can draw: numbers by name, those of a list as name/0, name/1, ..."""
+    for name, value in values.items():
+        if isinstance(value, list):
+            yield from ((f"{name}/{number}", each) for number, each in enumerate(value))
+        elif value is not None:
+            yield name, value
 
 
 def _lines(path: Path) -> list[str]:

@@ -114,9 +114,15 @@ def train(cfg: Config) -> dict[str, Any]:
                 last = progress.step_in_epoch == plan.steps
                 votes = None
                 if progress.step % cfg.train.log_every == 0 or last:
-                    values = means.take(accelerator, {**guard.take(), **stop.vote()})  # waits for the device
+                    # waits for the device
+                    values, waits = means.take(accelerator, {**guard.take(), **stop.vote()}, watch.waited)
                     votes = values.pop("stop")
-                    metrics.write("train", epoch=epoch, step=progress.step, lr=rate, **values, **watch.take())
+                    rates = watch.take(waits)
+                    metrics.write("train", epoch=epoch, step=progress.step, lr=rate, **values, **rates)
+                    reached = f", top-1 {accuracy.top1:.2f} %" if accuracy else ""
+                    bar.set_postfix_str(
+                        f"{rates['images_per_second']:,.0f} images/s, data wait {rates['data_wait']:.0%}{reached}"
+                    )
                     guard.check(values["skipped_in_a_row"])
                 stop.poll(progress.step, limit=cfg.train.max_steps, votes=votes)
                 if stop.requested or last:

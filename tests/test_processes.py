@@ -195,6 +195,8 @@ def test_all_processes_skip_a_step_that_is_bad_on_one(digits: Digits, students: 
     lines = metric_lines(tmp_path / "run", "train")
     assert [line["skipped_steps"] for line in lines] == [0, 1, 0]
     assert [line["loss"] is None for line in lines] == [False, True, False]
+    for line in lines:
+        assert len(line["data_wait_ranks"]) == 2 and all(0 <= each <= 1 for each in line["data_wait_ranks"])
 
 
 def test_a_run_that_only_skips_ends(digits: Digits, students: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ FIGURES = (
     ("lr", "train", "Learning rate", ""),
     ("images_per_second", "train", "Throughput", "images/s"),
     ("data_wait", "train", "Waiting for data", "share of the step"),
+    ("data_wait_ranks", "train", "Waiting for data, slowest process", "share of the step"),
     ("skipped_steps", "train", "Steps skipped", ""),
 )
 
@@ -42,9 +43,13 @@ class Run:
     summary: dict[str, Any]
 
     def curve(self, key: str, kind: str) -> Line:
-        """The points (step, value) of a key. A step that was not finite has none."""
+        """The points (step, value) of a key; of several processes' values the largest. A step that was not finite
+        has none."""
         chosen = [line for line in self.lines if line["kind"] == kind and line.get(key) is not None]
-        return Line(self.name, [(float(line["step"]), float(line[key])) for line in chosen])
+        values = [line[key] if isinstance(line[key], list) else [line[key]] for line in chosen]
+        return Line(
+            self.name, [(float(line["step"]), float(max(each))) for line, each in zip(chosen, values, strict=True)]
+        )
 
 
 def main() -> int:
