@@ -146,6 +146,30 @@ def stack(parts: Sequence[tuple[str, float, str]]) -> str:
     return _svg(500, 30, drawn) + '<div style="height:12px"></div>' + legend(names)
 
 
+def stacks(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], *, unit: str = "ms") -> str:
+    """Bars below each other over one axis, each divided as the first: (name, a length for each of `names`)."""
+    top = max(sum(lengths) for _, lengths in rows) or 1.0
+    height, left, width = 26, 70, 880
+    drawn = []
+    for tick in ticks(0, top):
+        x, below = left + width * tick / top, len(rows) * height
+        drawn.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{below}"/>')
+        drawn.append(
+            f'<text class="soft" x="{x:.1f}" y="{below + 16}" text-anchor="middle">{number(tick)} {unit}</text>'
+        )
+    for row, (name, lengths) in enumerate(rows):
+        x, y = float(left), row * height
+        drawn.append(f'<text x="0" y="{y + 17}">{escape(name)}</text>')
+        for place, length in enumerate(lengths):
+            bar = width * length / top
+            drawn.append(
+                f'<rect x="{x:.1f}" y="{y + 4}" width="{bar:.1f}" height="{height - 8}" '
+                f'fill="{COLOURS[place % len(COLOURS)]}"><title>{escape(names[place])}: {number(length)} {unit}</title></rect>'
+            )
+            x += bar
+    return legend(names) + _svg(1000, len(rows) * height + 22, drawn)
+
+
 def histogram(values: Sequence[float], marks: dict[str, float], *, unit: str, bins: int = 40) -> str:
     """Counts of `values`, with named marks on the axis."""
     top = max([*values, *marks.values()]) * 1.02 or 1.0

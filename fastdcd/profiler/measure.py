@@ -5,6 +5,7 @@ docs/profile.md describes its keys; FORMAT changes whenever their meaning does.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -31,7 +32,7 @@ from fastdcd.distill import LossInputs, Term
 from fastdcd.models import ModelOutput
 from fastdcd.profiler import reading
 from fastdcd.profiler.clock import Clock, spread, steady
-from fastdcd.profiler.steps import Bench, enough, plain, run_steps, set_up
+from fastdcd.profiler.steps import WARM_UP, Bench, enough, in_bf16, plain, run_steps, set_up
 from fastdcd.teacher import Teacher
 from fastdcd.teacher_modes import open_mode
 from pipelines.base import Loader
@@ -41,9 +42,10 @@ from pipelines.replay import ReplayLoader
 from pipelines.synthetic import SyntheticLoader
 from pipelines.views import Center
 
-FORMAT = "fastdcd-profile-1"
+FORMAT = "fastdcd-profile-2"
 LEAST = 12  # steps of a measurement, however slow they are
 MOST = 400
+ROUNDS = 3  # of alternatives, which take turns
 # Stages in the order of a step, as they are shown.
 STAGES = (
     "data_wait",
@@ -102,12 +104,13 @@ def profile(config: Config, *, seconds: float = 60.0, trace: Path | None = None)
             torch.cuda.reset_peak_memory_stats()
         stage("together")
         together = _measure(bench, train, 3 * share, alternate=True)
+        device_peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
         stage("ceilings")
         synthetic_loader = SyntheticLoader(train.index, device)
         synthetic = _measure(bench, synthetic_loader, 1.5 * share)
         ceilings = {"synthetic": _rate(synthetic, config), **_replayed(bench, train, config, share)}
         if config.teacher.mode != "none":
-            bare = plain(bench, classes)
+            bare = plain(config, bench, classes)
             ceilings["plain_cross_entropy"] = _rate(_measure(bare, synthetic_loader, share), config)
         stage("communication")
         communication = _communication(bench, synthetic_loader, synthetic, share)
@@ -116,12 +119,14 @@ def profile(config: Config, *, seconds: float = 60.0, trace: Path | None = None)
         loading = reading.stages(train, work, config, share)
         if loading:
             ceilings["loader"] = accelerator.num_processes / loading["loader"]
+        ceilings |= _copies(train, work, accelerator)
+        _attribute_wait(together, ceilings)
         stage("evaluation")
         evaluation = _evaluation(bench, val, share)
         stage("memory")
-        memory = _memory(bench, synthetic_loader)
+        memory = {**_memory(bench, synthetic_loader), "device_peak": device_peak}
         stage("alternatives")
-        alternatives = _alternatives(bench, share / 2)
+        alternatives = {**_student_alternatives(bench, classes, train, memory, share), **_alternatives(bench)}
         if trace is not None:
             stage("trace")
             _trace(bench, train, trace)
@@ -313,21 +318,104 @@ def _memory(bench: Bench, loader: Loader) -> dict[str, float | None]:
         "activations": sum(saved.values()),
         "images": sum(bench.rows * 3 * size * size for size in sizes),
         "process_peak": peak,
-        "device_peak": torch.cuda.max_memory_allocated() if on_gpu else None,
         "device_total": total,
     }
 
 
-def _alternatives(bench: Bench, seconds: float) -> dict[str, Any]:
-    """Other ways to do the same, measured: what advice may promise."""
-    config, accelerator, found = bench.config, bench.accelerator, {}
-    if config.loss.dcd and config.loss.form != "auto" and bench.teacher is not None:
-        for form in (config.loss.form, "auto"):
-            found[f"loss.form={form}"] = _dcd_seconds(bench, bench.teacher, form)
-    if config.teacher.mode == "online" and bench.teacher is not None:
-        teacher = bench.teacher
+def _copies(loader: Loader, work: Work, accelerator: Accelerator) -> dict[str, float]:
+    """Images a second over all processes that the way to the device lets through, as prefetch sends them; empty
+    where there is no such way."""
+    if accelerator.device.type != "cuda":
+        return {}
+    epoch = loader.epoch(work)
+    batch = next(epoch)
+    epoch.close()
+    if all(image.is_cuda for image in batch.images):
+        return {}
+    seconds = _call_seconds(
+        lambda: [image.to(accelerator.device, non_blocking=True) for image in batch.images], accelerator, 8
+    )
+    return {"copy": accelerator.num_processes * len(batch.ids) / seconds}
+
+
+def _attribute_wait(together: dict[str, Any], ceilings: dict[str, float]) -> None:
+    """On a GPU a step waits alike for a late loader and for a late copy: it is the slower of them it waits for."""
+    if ceilings.get("copy", math.inf) < ceilings.get("loader", math.inf):
+        together["stages"]["copy"] = together["stages"].pop("data_wait")
+
+
+def _student_alternatives(
+    bench: Bench, classes: int, train: Loader, memory: dict[str, float | None], seconds: float
+) -> dict[str, dict[str, float]]:
+    """What the student alone would take with other settings: seconds for this run's rows, `now` and `then`.
+
+    They take turns, without data and without a teacher. One that is far slower is not asked again.
+    """
+    config, device = bench.config, bench.accelerator.device
+    double = 2 * config.data.batch_size
+    changes: dict[str, Config] = {
+        f"student.channels_last={str(not config.student.channels_last).lower()}": replace(
+            config, student=replace(config.student, channels_last=not config.student.channels_last)
+        )
+    }
+    if config.train.precision == "fp32" and (device.type == "cpu" or torch.cuda.is_bf16_supported()):
+        changes["train.precision=bf16"] = replace(config, train=replace(config.train, precision="bf16"))
+    if double <= len(train.index) and _room(memory, bench.accelerator):
+        changes[f"data.batch_size={double}"] = replace(config, data=replace(config.data, batch_size=double))
+    benches = {"now": plain(config, bench, classes)}
+    for name, changed in changes.items():
+        benches[name] = plain(changed, bench, classes)
+        if changed.train.precision != config.train.precision:
+            in_bf16(benches[name])
+    loader = SyntheticLoader(train.index, device)
+    times: dict[str, list[float]] = {name: [] for name in benches}
+    for number in range(ROUNDS):
+        for name, each in benches.items():
+            if number and np.median(times[name]) > 4 * np.median(times["now"]):
+                continue
+            clock = Clock(device)
+            done = enough(seconds=seconds / ROUNDS / len(benches), least=2, most=MOST)
+            run_steps(each, loader, clock, done, warm_up=1 if number else WARM_UP)
+            marked, _ = clock.take()
+            times[name] += [sum(stages.values()) for stages in marked]
+    medians = {name: float(np.median(values)) for name, values in times.items()}
+    rows = {name: changed.data.batch_size for name, changed in changes.items()}
+    return {
+        name: {"now": medians["now"], "then": medians[name] * config.data.batch_size / rows[name]} for name in rows
+    }
+
+
+def _room(memory: dict[str, float | None], accelerator: Accelerator) -> bool:
+    """Whether a batch twice as large surely fits: every process must answer alike."""
+    if accelerator.device.type != "cuda":
+        return True
+    peak, total = memory["device_peak"], memory["device_total"]
+    assert peak is not None and total is not None
+    return max(gather_object([peak / total])) < 0.45
+
+
+def _alternatives(bench: Bench) -> dict[str, dict[str, float]]:
+    """What loss and teacher would take with other settings, seconds a step, `now` and `then`."""
+    config, accelerator, teacher = bench.config, bench.accelerator, bench.teacher
+    found: dict[str, dict[str, float]] = {}
+    if config.loss.dcd and config.loss.form != "auto" and teacher is not None:
+        now, then = (_dcd_seconds(bench, teacher, form) for form in (config.loss.form, "auto"))
+        found["loss.form=auto"] = {"now": now, "then": then}
+    if config.teacher.mode == "online" and teacher is not None:
+        images = torch.zeros(
+            bench.rows, 3, teacher.size, teacher.size, dtype=torch.uint8, device=accelerator.device
+        )
+        images = images.contiguous(memory_format=torch.channels_last)
+        precision = teacher.precision
+        seconds = {precision: _call_seconds(lambda: teacher(images), accelerator, 4)}
+        if precision == "fp32" and (accelerator.device.type == "cpu" or torch.cuda.is_bf16_supported()):
+            teacher.precision = "bf16"
+            seconds["bf16"] = _call_seconds(lambda: teacher(images), accelerator, 4)
+            teacher.precision = precision
+            found["teacher.precision=bf16"] = {"now": seconds[precision], "then": seconds["bf16"]}
         features = torch.rand(bench.rows, teacher.feature_dim, device=accelerator.device)
-        found["teacher.mode=cached"] = _call_seconds(lambda: teacher.logits(features), accelerator, 8)
+        classify = _call_seconds(lambda: teacher.logits(features), accelerator, 8)
+        found["teacher.mode=cached"] = {"now": seconds[precision], "then": classify}
     return found
 
 

@@ -68,7 +68,9 @@ def page(profile: dict[str, Any]) -> str:
                 pages.card("Beside the steps", _beside(profile), note=_BESIDE, name="beside"),
             ]
         ),
-        pages.card("Processes", _ranks(profile["ranks"]), name="ranks"),
+        pages.card(
+            "Processes", _ranks(profile["ranks"]), note=_RANKS if len(profile["ranks"]) > 1 else "", name="ranks"
+        ),
         pages.card("Projection to ImageNet", _projection(profile), note=_PROJECTION, name="projection"),
     ]
     return pages.document("Where the time goes", subtitle, parts)
@@ -80,6 +82,7 @@ _CEILINGS = (
     "distillation, on synthetic data. Loader: batches made and thrown away."
 )
 _BESIDE = "The cold read is after the system was asked to forget the files; a first epoch may have to read so."
+_RANKS = "All take as long: what one has less of its own work, it waits for the others (all-reduce)."
 _PROJECTION = (
     "A model, not a measurement: this step on every device with a loader of its own, and a ring all-reduce that hides "
     "behind the backward pass."
@@ -113,7 +116,8 @@ def _ceilings(profile: dict[str, Any]) -> str:
     own = profile["images_per_second"]
     rows = [("this run", f"{own:,.0f}", "1.00")]
     rows += [
-        (name.replace("_", " "), f"{rate:,.0f}", f"{rate / own:.2f}") for name, rate in profile["ceilings"].items()
+        (name.replace("_", " "), f"{rate:,.0f}", pages.number(rate / own))
+        for name, rate in profile["ceilings"].items()
     ]
     body = pages.table(("", "images/s", "times"), rows)
     loading = profile["loader_seconds_an_image"]
@@ -163,7 +167,11 @@ def _ranks(ranks: list[dict[str, Any]]) -> str:
         )
         for rank in ranks
     ]
-    return pages.table(("", "step, ms", *map(_name, shown)), rows)
+    body = pages.table(("", "step, ms", *map(_name, shown)), rows)
+    if len(ranks) == 1:
+        return body
+    bars = [(f"rank {rank['rank']}", [1000 * rank["stages"].get(name, 0.0) for name in shown]) for rank in ranks]
+    return pages.stacks(bars, [_name(name) for name in shown]) + body
 
 
 def _projection(profile: dict[str, Any]) -> str:

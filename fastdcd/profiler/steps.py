@@ -75,14 +75,20 @@ def set_up(
     )
 
 
-def plain(bench: Bench, classes: int) -> Bench:
-    """The same student trained by cross-entropy alone: what distillation is compared with."""
+def plain(config: Config, bench: Bench, classes: int) -> Bench:
+    """The student of a config trained by cross-entropy alone: what distillation is compared with."""
     config = replace(
-        bench.config,
-        loss=replace(bench.config.loss, ce=1.0, kd=0.0, dcd=0.0),
-        teacher=replace(bench.config.teacher, mode="none"),
+        config,
+        loss=replace(config.loss, ce=1.0, kd=0.0, dcd=0.0),
+        teacher=replace(config.teacher, mode="none"),
     )
     return set_up(config, bench.accelerator, classes, bench.family, None, NoTeacher())
+
+
+def in_bf16(bench: Bench) -> None:
+    """Let the student run in bf16, as Accelerate does it: its own precision is that of the whole process."""
+    device = bench.accelerator.device.type
+    bench.wrapped.forward = torch.autocast(device, dtype=torch.bfloat16)(bench.wrapped.forward)
 
 
 def enough(*, seconds: float, least: int, most: int) -> Callable[[int], bool]:

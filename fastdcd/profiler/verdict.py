@@ -44,7 +44,10 @@ class Rule:
 
 
 def verdict(profile: Profile) -> dict[str, Any]:
-    """The limit of a profiled run: `kind`, `healthy`, `words`, `share`, `advice`, and `notes` on the side."""
+    """The limit of a profiled run: `kind`, `healthy`, `words`, `share`, `advice`, and `notes` on the side.
+
+    Where the step does not wait for data, a faster student is advised last whatever the limit.
+    """
     found = [(rule.share(profile), rule) for rule in RULES]
     limits = [(share, rule) for share, rule in found if share >= rule.threshold]
     if limits:
@@ -52,7 +55,9 @@ def verdict(profile: Profile) -> dict[str, Any]:
         kind, words, advice = rule.kind, rule.words(profile), rule.advice(profile)
     else:
         share = _share(profile, *STUDENT)
-        kind, words, advice = "model-bound", _model_words(profile), _model_advice(profile)
+        kind, words, advice = "model-bound", _model_words(profile), []
+    if _share(profile, "data_wait") < WAITING:
+        advice = [*advice, *_student_advice(profile, compiled=not limits)]
     return {
         "kind": kind,
         "healthy": not limits,
@@ -66,6 +71,7 @@ def verdict(profile: Profile) -> dict[str, Any]:
 # ---- reading a profile
 
 STUDENT = ("student_forward", "backward", "optimizer")
+WAITING = 0.1  # share of the step, from which on it is a wait
 LOSSES = ("loss.ce", "loss.kd", "loss.dcd", "loss_backward")
 
 
@@ -85,6 +91,34 @@ def _gain(profile: Profile, saved: float) -> float:
     """Times the rate, if so many seconds of a step go."""
     total = _total(profile)
     return total / max(total - saved, total / 100)
+
+
+# What a setting changes -> the stages that change with it.
+CONCERNS = {
+    "teacher.mode": ("teacher",),
+    "teacher.precision": ("teacher",),
+    "loss.form": ("loss.dcd", "loss_backward"),
+    "train.precision": STUDENT,
+    "student.channels_last": STUDENT,
+    "data.batch_size": (*STUDENT, "other"),
+}
+WORTH = 1.05  # times the rate: less is not advised
+
+
+def _saving(profile: Profile, setting: str) -> float:
+    """Share of a step that a setting saves, as measured: of the stages it concerns, what the alternative saved of
+    them; 0 if it was not measured."""
+    measured = profile["alternatives"].get(setting)
+    if measured is None:
+        return 0.0
+    stages = CONCERNS[setting.partition("=")[0]]
+    return _share(profile, *stages) * (1 - measured["then"] / measured["now"])
+
+
+def _measured(profile: Profile, setting: str, text: str, *more: str) -> list[Advice]:
+    """The setting (and `more` that belong to it) as advice, if it is worth it."""
+    gain = _gain(profile, _saving(profile, setting) * _total(profile))
+    return [Advice(text=text, settings=(setting, *more), gain=gain)] if gain >= WORTH else []
 
 
 def _without_data(profile: Profile) -> float:
@@ -207,8 +241,6 @@ def _copy_advice(profile: Profile) -> list[Advice]:
 
 
 def _cache(profile: Profile) -> Advice:
-    classifier = profile["alternatives"].get("teacher.mode=cached", 0.0)
-    saved = max(_seconds(profile, "teacher") - classifier, 0.0)
     about = profile["about"]
     settings = ("teacher.mode=cached", f"cache.path={about['cache']}")
     given = [each for each in about["set"] if not each.startswith(("teacher.mode=", "cache.path="))]
@@ -217,8 +249,15 @@ def _cache(profile: Profile) -> Advice:
         command="python tools/cache_teacher.py fill --config "
         + shlex.join([about["config"], "--set", *given, *settings]),
         settings=settings,
-        gain=_gain(profile, saved),
+        gain=_gain(profile, _saving(profile, settings[0]) * _total(profile)),
     )
+
+
+def _teacher_advice(profile: Profile) -> list[Advice]:
+    lower = _measured(
+        profile, "teacher.precision=bf16", "or let the teacher compute in bf16 (its features move a little)"
+    )
+    return [_cache(profile), *lower]
 
 
 def _teacher_words(profile: Profile) -> str:
@@ -229,18 +268,9 @@ def _teacher_words(profile: Profile) -> str:
 
 
 def _loss_advice(profile: Profile) -> list[Advice]:
-    forms = {key: value for key, value in profile["alternatives"].items() if key.startswith("loss.form=")}
-    advice = []
-    if len(forms) == 2:
-        current = forms[f"loss.form={profile['about']['form']}"]
-        saved = max(current - forms["loss.form=auto"], 0.0)
-        advice.append(
-            Advice(
-                text="let the loss choose its form: tiles instead of whole similarity matrices",
-                settings=("loss.form=auto",),
-                gain=_gain(profile, saved),
-            )
-        )
+    advice = _measured(
+        profile, "loss.form=auto", "let the loss choose its form: tiles instead of whole similarity matrices"
+    )
     if profile["about"]["processes"] > 1:
         advice.append(
             Advice(
@@ -325,14 +355,16 @@ def _evaluation_advice(profile: Profile) -> list[Advice]:
     ]
 
 
-def _optimizer_advice(profile: Profile) -> list[Advice]:
-    rows = profile["images_per_step"]
-    return [
-        Advice(
-            text="fewer, larger steps (scale the learning rate)",
-            settings=(f"data.batch_size={2 * rows}",),
-        )
-    ]
+def _batch_setting(profile: Profile) -> str:
+    return f"data.batch_size={2 * profile['images_per_step']}"
+
+
+def _batch_words(profile: Profile) -> str:
+    measured = profile["alternatives"][_batch_setting(profile)]
+    return (
+        f"too small a batch: twice as large a one costs the student {2 * measured['then'] / measured['now']:.2f} times "
+        "the time; what it has to do anyway, whatever the batch, is most of the rest"
+    )
 
 
 RULES = (
@@ -340,7 +372,7 @@ RULES = (
         Rule(
             kind=kind,
             share=_data_share(stage),
-            threshold=0.1,
+            threshold=WAITING,
             words=_data_words(stage),
             advice=advice,
         )
@@ -376,7 +408,7 @@ RULES = (
         share=lambda profile: _share(profile, "teacher"),
         threshold=0.2,
         words=_teacher_words,
-        advice=lambda profile: [_cache(profile)],
+        advice=_teacher_advice,
     ),
     Rule(
         kind="loss-bound",
@@ -411,14 +443,13 @@ RULES = (
         advice=_evaluation_advice,
     ),
     Rule(
-        kind="optimizer-bound",
-        share=lambda profile: _share(profile, "optimizer", "other"),
-        threshold=0.5,
-        words=lambda profile: (
-            f"too small a batch: the optimizer and the loop around it are {_share(profile, 'optimizer', 'other'):.0%} of "
-            "the step, whatever the batch"
+        kind="small-batch",
+        share=lambda profile: _saving(profile, _batch_setting(profile)),
+        threshold=0.25,
+        words=_batch_words,
+        advice=lambda profile: _measured(
+            profile, _batch_setting(profile), "fewer, larger steps (scale the learning rate)"
         ),
-        advice=_optimizer_advice,
     ),
 )
 
@@ -435,16 +466,14 @@ def _model_words(profile: Profile) -> str:
     )
 
 
-def _model_advice(profile: Profile) -> list[Advice]:
-    about = profile["about"]
-    if about["device"] == "cpu":
-        return []
-    choices = {
-        "train.precision=bf16": about["precision"] == "fp32",
-        "train.compile=true": not about["compile"],
-        "student.channels_last=true": not about["channels_last"],
-    }
-    return [Advice(text="a faster student; try it", settings=(key,)) for key, useful in choices.items() if useful]
+def _student_advice(profile: Profile, *, compiled: bool) -> list[Advice]:
+    """A faster student: what was measured to be one, and torch.compile, which takes too long to try."""
+    advice = _measured(profile, "train.precision=bf16", "let the student compute in bf16")
+    for each in ("true", "false"):
+        advice += _measured(profile, f"student.channels_last={each}", "another order of pixels in memory")
+    if compiled and not profile["about"]["compile"]:
+        advice.append(Advice(text="compile the student; not measured, try it", settings=("train.compile=true",)))
+    return advice
 
 
 def _notes(profile: Profile) -> Iterable[str]:
