@@ -116,6 +116,27 @@ def test_a_slow_stage_of_loading_is_named(
     assert any("data.workers=" in setting for each in profile["verdict"]["advice"] for setting in each["settings"])
 
 
+def test_photographs_that_decode_slowly_are_named_and_converting_them_gains_what_was_promised(
+    digits: Digits, photographs: list[Path], tmp_path: Path
+) -> None:
+    for part in ("train", "val"):
+        for number, photograph in enumerate(photographs):
+            place = tmp_path / part / str(number % 2)
+            place.mkdir(parents=True, exist_ok=True)
+            (place / photograph.name).symlink_to(photograph)
+    folders = {part: str(tmp_path / part) for part in ("train", "val")}
+    views = {"family": "random_resized_crop"}
+    data = {**FILES, **folders, "batch_size": 16}
+    file = digits.file(tmp_path / "photos.yaml", data=data, views=views, student=STUDENT, teacher=NONE)
+    profile = found(config.load(file))
+    assert profile["verdict"]["kind"] == "decode-bound", profile["verdict"]
+    advice = next(each for each in profile["verdict"]["advice"] if "data.backend=ffcv" in each["settings"])
+    for command in advice["command"].split(" && "):
+        _, program, *arguments = shlex.split(command)
+        assert run_program(program, *arguments).code == 0
+    check_gain(profile, file, advice)
+
+
 def test_a_copy_that_hides_behind_nothing_is_named(
     digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

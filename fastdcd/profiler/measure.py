@@ -33,6 +33,7 @@ from fastdcd.models import ModelOutput
 from fastdcd.profiler import reading
 from fastdcd.profiler.clock import Clock, spread, steady
 from fastdcd.profiler.steps import WARM_UP, Bench, enough, in_bf16, plain, run_steps, set_up
+from fastdcd.profiler.verdict import WAITING
 from fastdcd.teacher import Teacher
 from fastdcd.teacher_modes import open_mode
 from pipelines.base import Loader
@@ -127,6 +128,13 @@ def profile(config: Config, *, seconds: float = 60.0, trace: Path | None = None)
         memory = {**_memory(bench, synthetic_loader), "device_peak": device_peak}
         stage("alternatives")
         alternatives = {**_student_alternatives(bench, classes, train, memory, share), **_alternatives(bench)}
+        waiting = (
+            together["stages"]["data_wait"]["mean"] / together["step"]["mean"]
+            if "data_wait" in together["stages"]
+            else 0.0
+        )
+        if config.data.backend == "torch" and waiting >= WAITING and accelerator.is_main_process:
+            alternatives |= _converted(config, loading, [each.size for each in work.renderings], share)
         if trace is not None:
             stage("trace")
             _trace(bench, train, trace)
@@ -272,13 +280,14 @@ def _evaluation(bench: Bench, val: Loader, seconds: float) -> dict[str, float]:
                 module.predict(batch.images[0])
                 if config.eval.flip:
                     module.predict(batch.images[0].flip(3))
-            _synchronize(accelerator)
             if number == 0 and work.batches > 1:  # starts workers, compiles
+                _synchronize(accelerator)
                 begin = time.perf_counter()
                 continue
             images += len(batch.ids)
             if time.perf_counter() - begin > seconds:
                 break
+        _synchronize(accelerator)
         elapsed = time.perf_counter() - begin
     batches.close()
     bench.wrapped.train()
@@ -349,9 +358,12 @@ def _student_alternatives(
 ) -> dict[str, dict[str, float]]:
     """What the student alone would take with other settings: seconds for this run's rows, `now` and `then`.
 
-    They take turns, without data and without a teacher. One that is far slower is not asked again.
+    They take turns, without data and without a teacher. One that is far slower is not asked again. A student that
+    is compiled is not asked at all: each setting would be compiled anew.
     """
     config, device = bench.config, bench.accelerator.device
+    if config.train.compile:
+        return {}
     double = 2 * config.data.batch_size
     changes: dict[str, Config] = {
         f"student.channels_last={str(not config.student.channels_last).lower()}": replace(
@@ -371,7 +383,8 @@ def _student_alternatives(
     times: dict[str, list[float]] = {name: [] for name in benches}
     for number in range(ROUNDS):
         for name, each in benches.items():
-            if number and np.median(times[name]) > 4 * np.median(times["now"]):
+            slow = number and np.median(times[name]) > 4 * np.median(times["now"])
+            if any(gather_object([bool(slow)])):  # all processes take the same steps
                 continue
             clock = Clock(device)
             done = enough(seconds=seconds / ROUNDS / len(benches), least=2, most=MOST)
@@ -383,6 +396,17 @@ def _student_alternatives(
     return {
         name: {"now": medians["now"], "then": medians[name] * config.data.batch_size / rows[name]} for name in rows
     }
+
+
+def _converted(
+    config: Config, loading: dict[str, float], sizes: list[int], seconds: float
+) -> dict[str, dict[str, float]]:
+    """What the loader would take with a converted data set, seconds a step of one process."""
+    found = reading.converted_seconds(config, tuple(sizes), seconds)
+    if found is None or not loading:
+        return {}
+    rows = config.data.batch_size
+    return {"data.backend=ffcv": {"now": rows * loading["loader"], "then": rows * found}}
 
 
 def _room(memory: dict[str, float | None], accelerator: Accelerator) -> bool:
@@ -498,6 +522,8 @@ def _about(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         "teacher_mode": config.teacher.mode,
         "backend": config.data.backend,
         "train": str(config.data.train),
+        "val": str(config.data.val),
+        "classes": str(config.data.classes) if config.data.classes else None,
         "workers": config.data.workers,
         "precision": config.train.precision,
         "compile": config.train.compile,

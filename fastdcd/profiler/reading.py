@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdcd import experiment
 from fastdcd.config import Config
-from pipelines.base import Loader
-from pipelines.index import DatasetIndex
-from pipelines.plan import Rendering, Work
+from pipelines import conversion
+from pipelines.base import Loader, LoaderOptions, open_loader
+from pipelines.encode import Storage
+from pipelines.index import DatasetIndex, read_classes
+from pipelines.plan import EpochPlan, Rendering, Work
+from pipelines.sources import open_sources
 
 LEAST, ROUNDS = 4, 3  # batches of a measurement, measurements of each kind
+CONVERTED, CONVERTED_SIZE = 128, 256  # images of a trial conversion; their longest side, pixels
 ReadSample = Callable[[int], int]  # sample id -> bytes read
 
 
@@ -71,6 +77,32 @@ def stages(loader: Loader, work: Work, config: Config, seconds: float) -> dict[s
     read = min(float(np.median(reads)), whole)
     decoded = min(max(float(np.median(decodes)), read), whole)
     return {"loader": whole, "read": read, "decode": decoded - read, "augment": whole - decoded}
+
+
+def converted_seconds(config: Config, sizes: tuple[int, ...], seconds: float) -> float | None:
+    """`seconds_an_image` of FFCV with the images converted to CONVERTED_SIZE, found with a few of them in a
+    temporary folder; None if FFCV is missing."""
+    section = config.data
+    family = experiment.view_family(config)
+    classes = read_classes(section.classes) if section.classes else None
+    sources = open_sources(section.train, classes).limit(CONVERTED)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trial.beton"
+        job = conversion.Job(sources=sources, out=file, workers=section.workers)
+        try:
+            index = conversion.to_beton(job, Storage(max_size=CONVERTED_SIZE))
+            loader = open_loader("ffcv", file, LoaderOptions(workers=section.workers))
+        except (ImportError, ValueError):
+            return None
+        assert index is not None
+        with loader:
+            rows = min(section.batch_size, len(index))
+            order = np.resize(np.arange(len(index)), 2 * LEAST * rows)
+            plan = EpochPlan(
+                index=index, family=family, view_seed=config.views.seed, view=0, order=order, batch_size=rows
+            )
+            seconds_an_image(loader, plan.work(sizes), 0.0)  # compiles
+            return seconds_an_image(loader, plan.work(sizes), seconds)
 
 
 def read_seconds(reader: ReadSample, ids: np.ndarray, threads: int, seconds: float) -> float:

@@ -95,6 +95,7 @@ def _gain(profile: Profile, saved: float) -> float:
 
 # What a setting changes -> the stages that change with it.
 CONCERNS = {
+    "data.backend": ("data_wait",),
     "teacher.mode": ("teacher",),
     "teacher.precision": ("teacher",),
     "loss.form": ("loss.dcd", "loss_backward"),
@@ -172,9 +173,7 @@ def _storage_advice(profile: Profile) -> list[Advice]:
     about = profile["about"]
     advice = []
     if about["backend"] == "torch":
-        advice.append(
-            _convert(profile, "one file that is read in large pieces, instead of a file an image", "read")
-        )
+        advice.append(_convert(profile, "one file that is read in large pieces, instead of a file an image"))
     else:
         advice.append(
             Advice(
@@ -185,25 +184,28 @@ def _storage_advice(profile: Profile) -> list[Advice]:
     return [*advice, *_more_workers(profile)]
 
 
-def _convert(profile: Profile, text: str, *stages: str) -> Advice:
-    """Conversion to .beton; the gain is a ceiling, reached when the new file makes these stages free."""
-    parts = profile["loader_seconds_an_image"]
-    saved = sum(parts.get(stage, 0.0) for stage in stages) / parts["loader"]
-    limit = _gain(profile, saved * _seconds(profile, "data_wait"))
-    source = profile["about"]["train"]
+def _convert(profile: Profile, text: str) -> Advice:
+    """Conversion to .beton, tried with some of the images."""
+    about = profile["about"]
+    classes = ["--classes", about["classes"]] if about["classes"] else []
+    commands = [
+        f"python tools/convert.py ffcv {shlex.join([about[part], about[part] + '.beton', '--max-size', '256', *classes])}"
+        for part in ("train", "val")
+    ]
+    settings = ("data.backend=ffcv", *(f"data.{part}={about[part]}.beton" for part in ("train", "val")))
+    saved = _saving(profile, settings[0]) * _total(profile)
     return Advice(
-        text=f"convert the images once: {text} (at most {limit:.1f} times the rate)",
-        command=f"python tools/convert.py ffcv {source} {source}.beton --max-size 256",
-        settings=("data.backend=ffcv", f"data.train={source}.beton"),
+        text=f"convert the images once: {text}",
+        command=" && ".join(commands),
+        settings=settings,
+        gain=_gain(profile, saved) if saved else None,
     )
 
 
 def _decode_advice(profile: Profile) -> list[Advice]:
     advice = _more_workers(profile)
     if profile["about"]["backend"] == "torch":
-        advice.append(
-            _convert(profile, "smaller JPEGs of at most 256 pixels decode in a fraction of the time", "decode")
-        )
+        advice.append(_convert(profile, "smaller JPEGs of at most 256 pixels decode in a fraction of the time"))
     elif profile["about"]["backend"] == "ffcv":
         source = profile["about"]["train"]
         advice.append(
@@ -221,7 +223,7 @@ def _augment_advice(profile: Profile) -> list[Advice]:
     if about["teacher_mode"] == "online":
         advice.append(_cache(profile))
     if about["backend"] == "torch":
-        advice.append(_convert(profile, "crops of smaller stored images are smaller", "augment"))
+        advice.append(_convert(profile, "crops of smaller stored images are smaller"))
     return advice
 
 
