@@ -444,13 +444,16 @@ def test_a_report_of_runs_shows_every_curve(digits: Digits, tmp_path: Path) -> N
         mode = {"mode": "online" if weights_of_terms else "none"}
         train(digits.config(tmp_path / name, loss=weights_of_terms, teacher=mode, train={"epochs": 2}))
     with (tmp_path / "both" / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"kind": "train", "epoch": 2, "step": 25, "data_wait_ranks": [0.1, 0.4]}\n'
+        )  # as of two processes
         file.write('{"kind": "train", "epoch": 2, "st')  # a run that is writing right now
     page = tmp_path / "report.html"
     ran = run_program("tools/report.py", tmp_path / "plain", tmp_path / "both", "--html", page)
     assert ran.code == 0, ran.err
     cards = opened(page, tmp_path).cards
     both = {"runs", "top1", "top5", "loss", "ce", "lr", "images_per_second", "data_wait"}
-    distilled = {"kd", "dcd_contrast", "dcd_consist", "tau"}
+    distilled = {"kd", "dcd_contrast", "dcd_consist", "tau", "data_wait_ranks"}
     assert set(cards) == both | distilled
     assert all(cards[name] == 2 for name in both - {"runs"}) and all(cards[name] == 1 for name in distilled)
     text = page.read_text()

@@ -478,6 +478,7 @@ def _trace(bench: Bench, loader: Loader, path: Path) -> None:
         activities.append(ProfilerActivity.CUDA)
     clock = Clock(bench.accelerator.device)
     clock.tracing = True
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it says when it begins, ends and finds no GPU
     with torch_profile(activities=activities) as recorded:
         run_steps(bench, loader, clock, lambda kept: kept >= 5, warm_up=1)
     if bench.accelerator.num_processes > 1:
