@@ -432,7 +432,11 @@ def _alternatives(bench: Bench) -> dict[str, dict[str, float]]:
         images = images.contiguous(memory_format=torch.channels_last)
         precision = teacher.precision
         seconds = {precision: _call_seconds(lambda: teacher(images), accelerator, 4)}
-        if precision == "fp32" and (accelerator.device.type == "cpu" or torch.cuda.is_bf16_supported()):
+        if (
+            precision == "fp32"
+            and not config.teacher.compile
+            and (accelerator.device.type == "cpu" or torch.cuda.is_bf16_supported())
+        ):
             teacher.precision = "bf16"
             seconds["bf16"] = _call_seconds(lambda: teacher(images), accelerator, 4)
             teacher.precision = precision
