@@ -14,7 +14,6 @@ is readable once complete. Nothing is pickled.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import math
@@ -34,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastdcd import weights
-from pipelines.files import replace_file, write_json
+from pipelines.files import replace_file, say_when_full, write_json
 
 FORMAT = "fastdcd-cache-1"
 BLOCK_ROWS = 1024
@@ -169,7 +168,7 @@ class TeacherCache:
         need, free = manifest.views * manifest.view_bytes, free_bytes(path)
         if free < need:
             raise ValueError(
-                f"{path}: the cache takes {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; choose another "
+                f"{path}: the cache takes {need / 1e9:.3g} GB and {free / 1e9:.3g} GB are free; choose another "
                 "cache.path, fewer views.count, or cache.dtype uint8"
             )
         cache = cls(path, manifest, weights.digest(_tensors(classifier)))
@@ -192,7 +191,7 @@ class TeacherCache:
         if mine.views < theirs.views:
             self._compare("views", mine.views, theirs.views)
         pair = f"{mine.fingerprint.get('loader.backend')}->{theirs.fingerprint.get('loader.backend')}"
-        for name in sorted({*mine.fingerprint, *theirs.fingerprint}):
+        for name in dict.fromkeys([*theirs.fingerprint, *mine.fingerprint]):
             if name.startswith("loader.") and pair in allow:
                 continue
             self._compare(name, mine.fingerprint.get(name), theirs.fingerprint.get(name))
@@ -301,25 +300,17 @@ class TeacherCache:
     def start(self, view: int) -> None:
         """Lay out a view's files if it is not complete and they are not there. One process does this for all.
 
-        Raises ValueError if the disk has no room for them.
+        Raises OSError if the disk has no room for them.
         """
         if self.complete(view):
             return
         shape = (self.manifest.rows, self.manifest.row_bytes)
         rows, done = self._path(view, ""), self._path(view, "done")
-        try:
-            if not _is_laid_out(rows, shape):
-                done.unlink(missing_ok=True)  # what it says was done is gone
-                _lay_out(rows, shape)
-            if not _is_laid_out(done, shape[:1]):
-                _lay_out(done, shape[:1])
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise ValueError(
-                f"{rows}: {error.strerror}: a view takes {self.manifest.view_bytes / 1e9:.3g} GB and "
-                f"{free_bytes(self.path) / 1e9:.3g} GB are free; make room and fill again, complete views are kept"
-            ) from None
+        if not _is_laid_out(rows, shape):
+            done.unlink(missing_ok=True)  # what it says was done is gone
+            _lay_out(rows, shape)
+        if not _is_laid_out(done, shape[:1]):
+            _lay_out(done, shape[:1])
 
     def done(self, view: int) -> NDArray[np.bool_]:
         """Which rows [rows] of a view are written."""
@@ -376,7 +367,8 @@ class TeacherCache:
         assert self.done(view).all(), f"view {view} has rows that were never written"
         sums = self._sums(view)
         assert (sums >= 0).all(), f"view {view} lost rows while it was filled"
-        with replace_file(self._path(view, "crc32")) as file:
+        path = self._path(view, "crc32")
+        with say_when_full(path), replace_file(path) as file:
             np.save(file, sums.astype(np.uint32), allow_pickle=False)
         self.release(view)
         self._path(view, "done").unlink()
@@ -457,7 +449,7 @@ def _npy_header(shape: tuple[int, ...]) -> bytes:
 
 def _lay_out(path: Path, shape: tuple[int, ...]) -> None:
     """A uint8 .npy file of zeros. Its room is taken now: a write to a mapped page cannot say that the disk is full."""
-    with replace_file(path) as file:
+    with say_when_full(path), replace_file(path) as file:
         file.write(_npy_header(shape))
         file.flush()
         os.posix_fallocate(file.fileno(), 0, _PAGE + math.prod(shape))

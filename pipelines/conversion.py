@@ -8,14 +8,13 @@ however often the conversion was killed. Memory holds some parts, never the data
 from __future__ import annotations
 
 import ctypes
-import errno
 import functools
 import json
 import os
 import shutil
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from pipelines import beton, resident_writer, shards
 from pipelines.encode import Source, Storage
-from pipelines.files import write_json
+from pipelines.files import say_when_full, write_json
 from pipelines.index import DatasetIndex
 from pipelines.ledger import MANIFEST, Reject, finished, other_settings, write_manifest, write_rejects
 from pipelines.sources import Sources
@@ -36,7 +35,6 @@ PART = 64  # sources between two marks in a journal: what a kill can cost
 SHARD = 1000  # sources a tar
 _CHUNK = 8  # sources a worker takes at a time
 _SAMPLE = 32  # sources that an estimate encodes
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 R = TypeVar("R")
 Encode = Callable[[Source, int], R]  # (source, position) -> record; ValueError if it cannot be decoded
@@ -200,7 +198,7 @@ def to_beton(job: Job, storage: Storage) -> DatasetIndex:
     job.out.parent.mkdir(parents=True, exist_ok=True)
     encode = functools.partial(beton.encode_record, storage=storage)
     job.announce(estimate(job.sources, encode, lambda record: len(record.payload)))
-    with _full_disk(job.out):
+    with say_when_full(job.out):
         writer = beton.BetonWriter(job.out, capacity=len(job.sources), storage=storage, source=job.sources.digest)
         return _run(job, writer, encode)
 
@@ -217,7 +215,7 @@ def to_resident(job: Job, size: int | None) -> DatasetIndex:
         raise ValueError(f"{job.out}: another dataset is there; remove it or choose another folder")
     encode = functools.partial(resident_writer.encode_record, size=size)
     job.announce(estimate(job.sources, encode, lambda record: record.pixels.nbytes))
-    with _full_disk(job.out):
+    with say_when_full(job.out):
         return _run(job, resident_writer.ResidentWriter(job.out, settings), encode)
 
 
@@ -261,7 +259,7 @@ def to_shards(job: Job, storage: Storage, shard_size: int = SHARD) -> DatasetInd
     job.announce(estimate(job.sources, encode, lambda record: len(record.data) + 3 * 1024))
     mine = sum(len(spans[number]) for number in job.part.range(len(spans)))
     left = sum(len(spans[number]) for number in todo)
-    with _full_disk(out), _bar(job, mine, mine - left) as bar:
+    with say_when_full(out), _bar(job, mine, mine - left) as bar:
         outcomes = encoded(job.sources, encode, [spans[number] for number in todo], job.workers)
         try:
             for number in todo:
@@ -307,16 +305,3 @@ def _split(
 def _bar(job: Job, total: int, done: int) -> tqdm[Any]:
     """Images a second and time left; nothing when not on a terminal."""
     return tqdm(desc=f"convert {job.out.name}", total=total, initial=done, unit=" images", disable=None)
-
-
-@contextmanager
-def _full_disk(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise OSError(
-            f"{out}: no space left ({os.strerror(error.errno)}); what is done is kept: free some space "
-            "and run the same command again"
-        ) from None

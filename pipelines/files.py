@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -24,6 +25,20 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
+
+
+@contextmanager
+def say_when_full(place: Path) -> Iterator[None]:
+    """Say of a full disk, in an OSError, what to do: for work that goes on where it was when it is started again."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            f"{place}: no space left ({os.strerror(error.errno)}); what is done is kept: free some space "
+            "and run the same command again"
+        ) from None
 
 
 def write_json(path: Path, value: object) -> None:
