@@ -1,7 +1,8 @@
 """How many stored views are enough? Accuracy against K for each method and seed; one line a run, resumable.
 
-Every run shows epoch e the views e modulo K, so K = epochs is what an online teacher gives. `reused` keeps K
-views too, but the teacher saw them unmirrored: half of the storage of mirrored views kept as their own.
+Every run shows epoch e the views e modulo K, so K = epochs is what an online teacher gives; `online` is that teacher
+itself, for reference. `reused` keeps K views too, but the teacher saw them unmirrored: half of the storage of mirrored
+views kept as their own.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from pipelines.files import write_json
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+REUSED, ONLINE = "DCD + KD, reused", "DCD + KD, online"
 METHODS = {
     "plain": ["teacher.mode=none", "loss.kd=0", "loss.dcd=0"],
     "KD": ["loss.kd=1", "loss.dcd=0"],
     "DCD": ["loss.kd=0", "loss.dcd=1"],
     "DCD + KD": ["loss.kd=1", "loss.dcd=1"],
+    REUSED: ["loss.kd=1", "loss.dcd=1", "cache.check_rows=0"],
+    ONLINE: ["loss.kd=1", "loss.dcd=1", "teacher.mode=online"],
 }
-REUSED = "DCD + KD, reused"
 
 
 def main() -> int:
@@ -44,7 +47,7 @@ def main() -> int:
         "--views", type=int, nargs="+", default=[1, 2, 4, 8], help="K; the number of epochs is added"
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, REUSED], choices=[*METHODS, REUSED])
+    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=[*METHODS])
     parser.add_argument(
         "--folder", type=Path, required=True, help="caches and runs; go on there when started again"
     )
@@ -54,7 +57,11 @@ def main() -> int:
     views = sorted({*arguments.views, epochs})
     fill(arguments, epochs)
     cells = [
-        (method, count, seed) for seed in range(arguments.seeds) for count in views for method in arguments.methods
+        (method, count, seed)
+        for seed in range(arguments.seeds)
+        for count in views
+        for method in arguments.methods
+        if method != ONLINE or count == epochs
     ]
     log = arguments.folder / "runs.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
@@ -109,11 +116,9 @@ def run(arguments: argparse.Namespace, method: str, count: int, seed: int) -> di
     """Train one student; its row of results."""
     folder = arguments.folder / "run"
     shutil.rmtree(folder, ignore_errors=True)
-    reused = method == REUSED
-    overrides = settings(arguments, "unmirrored" if reused else "cache", count)
-    overrides += METHODS["DCD + KD" if reused else method]
+    overrides = settings(arguments, "unmirrored" if method == REUSED else "cache", count)
+    overrides += METHODS[method]
     overrides += [f"run.dir={folder}", f"run.seed={seed}", "run.trackers=[]", f"eval.every={10**6}"]
-    overrides += ["cache.check_rows=0"] if reused else []
     summary = train(config.load(arguments.config, overrides))
     if not summary["finished"]:
         raise SystemExit("stopped; start it again to go on")  # a signal ends the study, not one run of it
@@ -131,24 +136,36 @@ def summarise(rows: list[dict[str, Any]], views: list[int], methods: list[str]) 
         cells = []
         for method in methods:
             found = accuracies(rows, method, count)
-            cells.append(f"{np.mean(found):.2f} ({min(found):.2f} to {max(found):.2f})")
-        last = " (every epoch its own, as online)" if count == views[-1] else ""
+            cells.append(f"{np.mean(found):.2f} ({min(found):.2f} to {max(found):.2f})" if found else "")
+        last = " (every epoch its own)" if count == views[-1] else ""
         lines.append(f"| {count}{last} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def draw(rows: list[dict[str, Any]], views: list[int], methods: list[str], path: Path, title: str) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for method in methods:
-        found = np.array([accuracies(rows, method, count) for count in views])  # [K, seeds]
-        (line,) = axes.plot(views, found.mean(1), marker="o", markersize=4, label=method)
-        axes.fill_between(views, found.min(1), found.max(1), alpha=0.12, color=line.get_color())
+    seeds = len({row["seed"] for row in rows})
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for number, method in enumerate(methods):
+        there = [count for count in views if accuracies(rows, method, count)]
+        found = np.array([accuracies(rows, method, count) for count in there])  # [K, seeds]
+        mean = found.mean(1)
+        axes.errorbar(
+            np.array(there) * 1.04 ** (number - len(methods) / 2),  # side by side
+            mean,
+            yerr=[mean - found.min(1), found.max(1) - mean],
+            marker="o",
+            markersize=4,
+            linewidth=1.2,
+            elinewidth=0.8,
+            capsize=2,
+            label=method,
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(views, [str(count) for count in views])
     axes.set(xlabel="stored views K", ylabel="top-1, %")
-    axes.set_title(f"{title}: mean of the seeds, lowest to highest shaded", fontsize=10)
+    axes.set_title(f"{title}: mean, lowest and highest of {seeds} seeds", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
 
 
