@@ -195,7 +195,7 @@ def to_beton(job: Job, storage: Storage) -> DatasetIndex:
         if not job.out.is_file() or not finished(folder, settings):
             raise ValueError(f"{job.out}: something else is there; remove it or choose another name")
         return DatasetIndex.load(folder)
-    job.out.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(job.out.parent)
     encode = functools.partial(beton.encode_record, storage=storage)
     job.announce(estimate(job.sources, encode, lambda record: len(record.payload)))
     with say_when_full(job.out):
@@ -213,6 +213,7 @@ def to_resident(job: Job, size: int | None) -> DatasetIndex:
         job.out / f".{resident_writer.IMAGES}.journal"
     ).exists():
         raise ValueError(f"{job.out}: another dataset is there; remove it or choose another folder")
+    _make_folder(job.out)
     encode = functools.partial(resident_writer.encode_record, size=size)
     job.announce(estimate(job.sources, encode, lambda record: record.pixels.nbytes))
     with say_when_full(job.out):
@@ -252,7 +253,8 @@ def to_shards(job: Job, storage: Storage, shard_size: int = SHARD) -> DatasetInd
     settings = {"source": job.sources.digest, "shard_size": shard_size, **asdict(storage)}
     if finished(out, settings):
         return DatasetIndex.load(out / shards.INDEX)
-    _claim(out, settings)
+    with _full_disk(out):
+        _claim(out, settings)
     spans = [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
     todo = [number for number in job.part.range(len(spans)) if not shards.shard_done(out, number)]
     encode = functools.partial(shards.encode_record, storage=storage)
@@ -287,8 +289,20 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
             raise ValueError(other_settings(out, there, settings))
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out}: other files are there and no {MANIFEST}; remove them or choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    _make_folder(out)
     write_json(note, settings)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder to write into, before hours are spent. Raises ValueError if it is no place to write to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise ValueError(f"{folder}: cannot be made a folder ({error.strerror}); choose another place") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder}: cannot be written to; choose another place or change its permissions")
 
 
 def _split(

@@ -5,8 +5,9 @@ The file is FFCV's, and so are its reader and the TurboJPEG it decodes with; the
 hands out views of a ring that it overwrites, returns a damaged JPEG as noise, and touches every GPU.
 
 Sets larger than memory: pages of the mapped file belong to the system's page cache, which gives them up
-when memory is short. With `order: paged` an epoch reads a bounded window of the file at a time, the same
-window on every rank, so that slow storage is read nearly in sequence and once a machine.
+when memory is short; what a batch needs is asked for some batches ahead, so that the threads do not wait for
+the storage. With `order: paged` an epoch reads a bounded window of the file at a time, the same window on
+every rank, so that slow storage is read nearly in sequence and once a machine.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
 from pipelines.beton import BetonLayout, import_ffcv, index_folder, read_layout
+from pipelines.files import map_file, will_need
 from pipelines.index import DatasetIndex
 from pipelines.plan import Work
 
@@ -44,8 +46,8 @@ class FFCVLoader(Loader):
 
     def __init__(self, path: Path, layout: BetonLayout, index: DatasetIndex, options: LoaderOptions) -> None:
         self.index, self._layout, self._options = index, layout, options
-        with path.open("rb") as file:
-            self._file = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        self._map: mmap.mmap | None = map_file(path)
+        self._file = np.frombuffer(self._map, np.uint8)
         self._labels = torch.from_numpy(index.labels)
         self._decoders = _Decoders(layout)
         self._threads = ThreadPoolExecutor(max(options.workers, 1), "ffcv")
@@ -91,6 +93,9 @@ class FFCVLoader(Loader):
     def _start(self, task: _Task, number: int) -> _Making:
         """Allocate batch `number` and give its rows to the threads."""
         rows = task.work.rows(number)
+        assert self._map is not None, "closed"
+        for sample_id in task.work.ids[rows]:
+            will_need(self._map, int(self._layout.pointers[sample_id]), int(self._layout.lengths[sample_id]))
         count, sizes = rows.stop - rows.start, [rendering.size for rendering in task.work.renderings]
         cuda = self._options.device.type == "cuda"
         # pinning belongs to the GPU that trains: torch would create a context on the first one
@@ -123,7 +128,8 @@ class FFCVLoader(Loader):
         super().close()
         self._threads.shutdown(cancel_futures=True)
         self._decoders.close()
-        self._file = np.empty(0, np.uint8)  # lets go of the map, and with it of the file
+        self._file = np.empty(0, np.uint8)
+        self._map = None  # and with it the file
 
 
 @dataclass(frozen=True)

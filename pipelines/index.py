@@ -28,6 +28,8 @@ from pipelines.files import replace_file, write_json
 FORMAT = "fastdcd-index-1"
 # What torchvision's ImageFolder accepts (torchvision.datasets.folder.IMG_EXTENSIONS).
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"])
+# Folders that hold sets of samples rather than classes: a folder or archive of these is several datasets.
+SETS = frozenset(["train", "training", "val", "valid", "validation", "test"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,14 +127,17 @@ def list_image_folder(root: Path, classes: Sequence[str] | None = None) -> tuple
     Without `classes`, the class folders in sorted order are the classes, as in torchvision's ImageFolder.
     With it, labels follow that list, which may name classes the tree lacks.
 
-    Raises ValueError for a missing tree, one without class folders, an empty class folder, or a class
-    folder that `classes` does not list.
+    Raises ValueError for a missing tree, one without class folders, one of sets (train/, val/), an empty class
+    folder, or a class folder that `classes` does not list.
     """
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; expected class folders of images (root/class/image.jpg)")
     folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
     if not folders:
         raise ValueError(f"{root}: no class folders in it; expected root/class/image.jpg")
+    if SETS.issuperset(folders):
+        choices = " or ".join(str(root / name) for name in folders)
+        raise ValueError(f"{root}: holds {' and '.join(folders)}, not classes; choose: {choices}")
     unknown = sorted(set(folders) - set(classes or folders))
     if unknown:
         raise ValueError(

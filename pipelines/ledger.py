@@ -88,7 +88,8 @@ class Journal:
 def other_settings(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """A message: a conversion of other settings lies at `path`."""
     keys = [key for key in now if there.get(key) != now[key]] or sorted(set(there) - set(now))
-    values = ", ".join(f"{key} {there.get(key)!r} there, {now.get(key)!r} now" for key in keys)
+    known = {"source": "other source: images or classes differ"}  # a digest tells the user nothing
+    values = ", ".join(known.get(key, f"{key} {there.get(key)!r} there, {now.get(key)!r} now") for key in keys)
     return f"{path}: a conversion with other settings is there ({values}); use the same, or delete it"
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import resource
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.encode import Source, Storage, encode_jpeg
-from pipelines.files import replace_file, write_json
+from pipelines.files import map_file, replace_file, will_need, write_json
 from pipelines.index import DatasetIndex
 from pipelines.ledger import Reject
 
@@ -198,7 +197,7 @@ class ShardReader:
             raise ValueError(f"{folder / INDEX}: no offsets in it; convert the dataset again")
         paths = sorted(folder.glob("shard-*.tar"))
         _allow_open_files(len(paths))
-        self._files = [_map_file(path) for path in paths]
+        self._files = [map_file(path) for path in paths]
         self._maps = [np.frombuffer(file, np.uint8) for file in self._files]
         ends = np.cumsum([len(bytes_) for bytes_ in self._maps], dtype=np.int64)
         self._shard = np.searchsorted(ends, index.offsets, side="right")
@@ -220,17 +219,11 @@ class ShardReader:
         """Let the kernel read samples `ids` [n] in the background; does not wait for the storage."""
         assert self.index.lengths is not None
         for shard, start, length in zip(self._shard[ids], self._start[ids], self.index.lengths[ids], strict=True):
-            page = start - start % mmap.PAGESIZE
-            self._files[shard].madvise(mmap.MADV_WILLNEED, page, start + length - page)
+            will_need(self._files[shard], int(start), int(length))
 
     def close(self) -> None:
         """Let go of the files. Views handed out keep theirs open."""
         self._maps, self._files = [], []
-
-
-def _map_file(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _allow_open_files(count: int) -> None:

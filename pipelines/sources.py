@@ -32,11 +32,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines.encode import Pixels, Source
-from pipelines.index import IMAGE_SUFFIXES, DatasetIndex, list_image_folder
+from pipelines.index import IMAGE_SUFFIXES, SETS, DatasetIndex, list_image_folder
 
 _GZIP = b"\x1f\x8b"
-# Folders that hold sets of samples rather than classes: an archive of these is several datasets.
-_SETS = frozenset(["train", "training", "val", "valid", "validation", "test"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +199,7 @@ def _class_folders(
     found = sorted({each.name.partition("/")[0] for each in images})
     if any("/" not in each.name for each in images):
         raise ValueError(f"{path}: images outside of class folders in it; expected class/image.jpg")
-    if _SETS.issuperset(found):
+    if SETS.issuperset(found):
         choices = " or ".join(f"{path}/{f'{root}/{name}'.lstrip('/')}" for name in found)
         raise ValueError(f"{path}: holds {' and '.join(found)}, not classes; choose: {choices}")
     unknown = sorted(set(found) - set(classes or found))

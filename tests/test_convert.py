@@ -13,6 +13,7 @@ import shutil
 import signal
 import tarfile
 import time
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -28,7 +29,9 @@ from PIL import Image
 
 from pipelines import conversion
 from pipelines.base import LoaderOptions, open_loader
+from pipelines.encode import Storage
 from pipelines.index import DatasetIndex
+from pipelines.sources import Sources
 
 CONVERT = "tools/convert.py"
 FORMATS = ("ffcv", "shards", "resident")
@@ -465,6 +468,10 @@ def spoilt(tmp_path: Path, tree: Path, case: str) -> tuple[Path, str]:
             name = {"zip ..": "class0/../../a.jpg", "zip root": "/class0/a.jpg"}[case]
             archive.writestr(zipfile.ZipInfo(name), image.read_bytes())
         return path, "outside"
+    if case == "sets":
+        shutil.copytree(tree, path / "train")
+        shutil.copytree(tree, path / "val")
+        return path, f"choose: {path}/train or {path}/val"
     path.mkdir()
     if case == "no images":
         (path / "class0").mkdir()
@@ -476,7 +483,7 @@ def spoilt(tmp_path: Path, tree: Path, case: str) -> tuple[Path, str]:
     return path / "missing/further", "no such file"
 
 
-BAD = ("tar ..", "tar flat", "tar link", "tar gz", "zip ..", "zip root", "no images", "all bad", "missing")
+BAD = ("tar ..", "tar flat", "tar link", "tar gz", "zip ..", "zip root", "no images", "all bad", "sets", "missing")
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -485,6 +492,47 @@ def test_bad_sources(tree: Path, tmp_path: Path, case: str) -> None:
     ran = convert("ffcv", source, tmp_path / "out")
     assert ran.code == 2 and says in ran.err and "Traceback" not in ran.err, ran
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_places_that_cannot_be_written_to(tree: Path, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "file").touch()
+    ran = convert(kind, tree, tmp_path / "file" / "out", *SMALL[kind])
+    assert ran.code == 2 and "choose another" in ran.err and "Traceback" not in ran.err, ran
+    ran = convert(kind, tree, tmp_path / "file", *SMALL[kind])
+    assert ran.code == 2 and "choose another" in ran.err and "Traceback" not in ran.err, ran
+    assert snapshot(tmp_path / "file") == {"file": b""}
+
+
+def test_memory_does_not_grow_with_the_dataset(tmp_path: Path) -> None:
+    """Ten times the images, 7 MB of raw pixels more: memory grows by their names and sizes only."""
+
+    def peak(kind: str, count: int) -> int:
+        images = np.random.default_rng(0).integers(256, size=(7, 48, 48, 3), dtype=np.uint8)
+        sources = Sources(
+            classes=("a",),
+            names=[f"a/{number}.png" for number in range(count)],
+            labels=np.zeros(count, np.int64),
+            read=lambda row: images[row % len(images)],
+            rows=np.arange(count),
+        )
+        job = conversion.Job(sources=sources, out=tmp_path / f"{kind}{count}", workers=0)
+        tracemalloc.start()
+        try:
+            if kind == "shards":
+                conversion.to_shards(job, Storage(), shard_size=200)
+            elif kind == "ffcv":
+                conversion.to_beton(job, Storage(jpeg=0))
+            else:
+                conversion.to_resident(job, None)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    for kind in FORMATS:
+        peak(kind, 50)  # imports
+        growth = peak(kind, 1100) - peak(kind, 110)
+        assert growth < 990 * 1000, f"{kind}: {growth / 990:.0f} bytes an image"
 
 
 def test_images_of_several_sizes_need_a_size(tree: Path, tmp_path: Path) -> None:
