@@ -554,6 +554,36 @@ def test_a_missing_dataset_is_a_clear_error(case: Case, tmp_path: Path) -> None:
         open_loader(case.backend, tmp_path / "empty", LoaderOptions())
 
 
+CONTAINERS = {"ffcv-jpeg": "photos.beton", "ffcv-raw": "photos.beton", "dali-shards": "shard-000001.tar"}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_cut_file_is_refused(name: str, photos: Path, tmp_path: Path) -> None:
+    """Wherever it was cut; FFCV itself opens one that lacks its tail, and shows other pixels."""
+    case = CASES[name](photos, tmp_path)
+    path = tmp_path / CONTAINERS[name]
+    whole = path.read_bytes()
+    # a tar ends with zeros that hold nothing
+    cuts = [0, 1, 100, len(whole) // 100, len(whole) // 2, len(whole) - (3000 if path.suffix == ".tar" else 1)]
+    for length in cuts:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"cut|not a whole|copy"):
+            case.open()
+    path.write_bytes(whole)
+    case.open().close()
+
+
+def test_ffcv_compiles_once_for_all(loader: Loader, case: Case) -> None:
+    """Whatever the epoch, the output sizes, the stored images and the number of renderings."""
+    if case.backend != "ffcv":
+        return
+    from pipelines.ffcv_kernel import render_samples
+
+    for seed, sizes in enumerate([(24,), (56,), (32, 48)]):
+        list(loader.epoch(make_work(case, sizes, seed=seed, batch_size=5 + seed)))
+    assert len(render_samples.signatures) == 1
+
+
 def test_an_unknown_backend_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got 'pillow'"):
         open_loader("pillow", tmp_path, LoaderOptions())

@@ -27,6 +27,7 @@ from fastdcd.experiment import open_set
 from fastdcd.teacher import Teacher, load_teacher
 from pipelines.base import Loader, LoaderOptions, open_loader
 from pipelines.beton import read_layout
+from pipelines.files import write_json
 from pipelines.index import user_cache
 from pipelines.plan import Rendering, Work
 from pipelines.shards import INDEX, ShardReader
@@ -59,12 +60,28 @@ class Row:
     cosine: Tensor | None
     agree: Tensor | None
 
+    def figures(self) -> dict[str, str | float]:
+        """The figures of the line; what needs a teacher only if there is one."""
+        found: dict[str, str | float] = {
+            "dataset": self.dataset,
+            "against": self.against,
+            "crops": self.crop,
+            "difference_mean": self.difference.mean().item(),
+            "difference_worst": self.difference.max().item(),
+        }
+        if self.cosine is not None and self.agree is not None:
+            found |= {
+                "cosine_mean": self.cosine.mean().item(),
+                "cosine_5_percent": self.cosine.quantile(0.05).item(),
+                "top1_percent": self.agree.float().mean().item() * 100,
+            }
+        return found
+
     def __str__(self) -> str:
-        line = f"{self.dataset:<42} {self.against:<7} {self.crop:<7} {self.difference.mean():>6.3f} {self.difference.max():>7.2f}"
-        if self.cosine is None or self.agree is None:
-            return line
-        low = self.cosine.quantile(0.05)
-        return f"{line} {self.cosine.mean():>8.5f} {low:>8.5f} {self.agree.float().mean() * 100:>7.1f}"
+        widths = ("<42", "<7", "<7", ">6.3f", ">7.2f", ">8.5f", ">8.5f", ">7.1f")
+        return " ".join(
+            format(value, width) for value, width in zip(self.figures().values(), widths, strict=False)
+        )
 
 
 HEAD = (
@@ -166,6 +183,7 @@ def main() -> int:
     parser.add_argument("--source", type=Path, metavar="DIR", help="class folders of the original images")
     parser.add_argument("--images", type=int, default=120, metavar="N", help="spread over the set (default 120)")
     parser.add_argument("--size", type=int, default=224, metavar="N", help="pixels (default 224; a teacher's own)")
+    parser.add_argument("--json", type=Path, metavar="F", help="write the figures there too")
     parser.add_argument("--config", type=Path, metavar="FILE", help="an experiment, for its teacher and classes")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value")
     arguments = parser.parse_args()
@@ -173,6 +191,7 @@ def main() -> int:
     if arguments.images < 1 or arguments.size < 1:
         raise ValueError("--images and --size: expected 1 or more")
     teacher = None
+    rows: list[Row] = []
     print(HEAD if settings else HEAD[: HEAD.index("cosine") - 1].rstrip())
     for dataset in arguments.datasets:
         backend, colon, name = dataset.partition(":")
@@ -195,6 +214,9 @@ def main() -> int:
                 loader, backend, path, arguments.source, images=arguments.images, size=size, teacher=teacher
             ):
                 print(row, flush=True)
+                rows.append(row)
+    if arguments.json:
+        write_json(arguments.json, [row.figures() for row in rows])
     return 0
 
 
