@@ -5,6 +5,8 @@ FFCV's ImageNet recipe (500 px, quality 90, half raw), so that a busy machine sl
 Memory: tools/convert.py in a process of its own; the largest sum over it and its workers of their proportional
 set sizes (pages that they share count once), sampled.
 
+Sizes: the mean of what one photograph takes under several settings, each distinct one encoded once.
+
     python benchmarks/conversion.py --source IMAGENET_CLASS_FOLDERS [--images 1000] [--rounds 5]
 """
 
@@ -27,11 +29,12 @@ import psutil  # type: ignore[import-untyped]
 from benchmarks import record
 from benchmarks.loaders import prepare
 from fastdcd import cli
-from pipelines import beton, conversion
+from pipelines import beton, conversion, shards
 from pipelines.encode import Storage
 from pipelines.sources import open_sources
 
 WORKERS = 2
+SIDES = (500, 400, 256)  # longest side of a stored image, pixels
 STORAGE = Storage(max_size=500, quality=90, jpeg=0.5)
 
 
@@ -82,6 +85,25 @@ def peak_memory(kind: str, root: Path, out: Path) -> int:
     return most
 
 
+def bytes_an_image(source: Path) -> dict[str, dict[int, float]]:
+    """Mean stored size of the photographs, by format and longest side."""
+    sources = open_sources(source)
+    found: dict[str, dict[int, float]] = {"ffcv, half raw": {}, "ffcv, JPEG": {}, "shards": {}}
+    for side in SIDES:
+        sizes: dict[str, list[int]] = {name: [] for name in found}
+        for position in range(len(sources)):
+            sample = sources[position]
+            for name, share in (("ffcv, half raw", 0.5), ("ffcv, JPEG", 1.0)):
+                record_ = beton.encode_record(sample, position, Storage(max_size=side, jpeg=share))
+                sizes[name].append(len(record_.payload))
+            # three members of a tar, each with a header and filled up to 512 bytes
+            data = shards.encode_record(sample, position, Storage(max_size=side)).data
+            sizes["shards"].append(len(data) + -len(data) % 512 + 512 * 5)
+        for name, values in sizes.items():
+            found[name][side] = sum(values) / len(values)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="class folders of real photographs")
@@ -112,11 +134,16 @@ def main() -> int:
             root = prepare(arguments.source, scratch / str(count), count)
             for kind, found in memory.items():
                 found[count] = peak_memory(kind, root, scratch / f"{kind} {count}")
-    write(arguments, rates, memory)
+    write(arguments, rates, memory, bytes_an_image(arguments.source))
     return 0
 
 
-def write(arguments: argparse.Namespace, rates: dict[str, list[float]], memory: dict[str, dict[int, int]]) -> None:
+def write(
+    arguments: argparse.Namespace,
+    rates: dict[str, list[float]],
+    memory: dict[str, dict[int, int]],
+    sizes: dict[str, dict[int, float]],
+) -> None:
     """benchmarks/results/conversion-cpu.*"""
     lines = [
         f"{arguments.images} photographs (the distinct ones of the source, again under other names), {WORKERS} workers, "
@@ -137,7 +164,12 @@ def write(arguments: argparse.Namespace, rates: dict[str, list[float]], memory: 
     lines.append("|---|" + "---|" * len(memory["ffcv"]))
     for kind, found in memory.items():
         lines.append(f"| {kind} | " + " | ".join(f"{value / 1e6:.0f} MB" for value in found.values()) + " |")
-    record.write("conversion-cpu", {"rates": rates, "ratios": ratios, "memory": memory}, "\n".join(lines))
+    lines += ["", "| kB an image, by longest side | " + " | ".join(f"{side} px" for side in SIDES) + " |"]
+    lines.append("|---|" + "---|" * len(SIDES))
+    for name, mean in sizes.items():
+        lines.append(f"| {name} | " + " | ".join(f"{value / 1e3:.0f}" for value in mean.values()) + " |")
+    results = {"rates": rates, "ratios": ratios, "memory": memory, "bytes_an_image": sizes}
+    record.write("conversion-cpu", results, "\n".join(lines))
 
 
 if __name__ == "__main__":
