@@ -8,6 +8,7 @@ however often the conversion was killed. Memory holds some parts, never the data
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import json
 import os
@@ -253,7 +254,7 @@ def to_shards(job: Job, storage: Storage, shard_size: int = SHARD) -> DatasetInd
     settings = {"source": job.sources.digest, "shard_size": shard_size, **asdict(storage)}
     if finished(out, settings):
         return DatasetIndex.load(out / shards.INDEX)
-    with _full_disk(out):
+    with say_when_full(out):
         _claim(out, settings)
     spans = [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
     todo = [number for number in job.part.range(len(spans)) if not shards.shard_done(out, number)]
@@ -298,7 +299,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # say_when_full says what to do
             raise
         raise ValueError(f"{folder}: cannot be made a folder ({error.strerror}); choose another place") from None
     if not os.access(folder, os.W_OK):
