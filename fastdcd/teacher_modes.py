@@ -126,7 +126,7 @@ class CachedTeacher(NoTeacher):
     def lookup(self, ids: Tensor) -> Tensor | None:
         if self.rows is not None:
             return self.rows[ids.to(self.device, non_blocking=True)]
-        return self.cache.read(self.view, ids)
+        return self.cache.read(self.view, ids, pin=self.device.type == "cuda")
 
     def knowledge(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
         assert rows is not None

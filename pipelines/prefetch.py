@@ -64,7 +64,9 @@ def _on_stream(
                         labels=batch.labels.to(device, non_blocking=True),
                     )
                     if rows is not None:
-                        rows = (rows if rows.is_cuda else rows.pin_memory()).to(device, non_blocking=True)
+                        rows = (rows if rows.is_cuda or rows.is_pinned() else rows.pin_memory()).to(
+                            device, non_blocking=True
+                        )
                 put(((moved, rows), stream.record_event()))
                 if stop.is_set():
                     break
