@@ -1,8 +1,8 @@
 """Does the profiler name what is wrong? The planted faults of tests/test_profiler.py, many times each.
 
-A fault is a reader, a decoder or a crop slowed by a known sleep, batches that arrive late on the device, a large
-teacher, a loss over many rows, an evaluation longer than its epoch, a batch of a few rows, a process slower than the
-other; and a healthy run. A verdict counts if it names that and nothing else.
+A fault is a reader, a decoder or a crop slowed by a known sleep, photographs that are much to decode, batches that
+arrive late on the device, a large teacher, a loss over many rows, an evaluation longer than its epoch, a batch of a
+few rows, a process slower than the other; and a healthy run. A verdict counts if it names that and nothing else.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ class Repeat:
     def pytest_generate_tests(self, metafunc: Any) -> None:
         metafunc.fixturenames.append("turn")
         metafunc.parametrize("turn", range(self.times))
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        for module in {item.module for item in items}:
+            module.check_gain = lambda *_: (
+                None
+            )  # what applying the advice gives is another question, and takes longer
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.failed:

@@ -33,6 +33,24 @@ def steady(steps: Sequence[Step], seconds: Callable[[Step], float]) -> list[Step
     return [step for block in kept for step in block]
 
 
+def call_seconds(call: Callable[[], object], device: torch.device, times: int) -> float:
+    """Median time of a call, after two to warm up."""
+    found = []
+    for _ in range(times + 2):
+        synchronize(device)
+        begin = time.perf_counter()
+        call()
+        synchronize(device)
+        found.append(time.perf_counter() - begin)
+    return float(np.median(found[2:]))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 class Clock:
     """Splits steps into named stages without gaps: a lap is what passed since the last mark.
 

@@ -11,7 +11,6 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,10 @@ from tqdm import tqdm
 
 from fastdcd import experiment
 from fastdcd.config import Config
-from fastdcd.distill import LossInputs, Term
-from fastdcd.models import ModelOutput
-from fastdcd.profiler import reading
-from fastdcd.profiler.clock import Clock, spread, steady
-from fastdcd.profiler.steps import WARM_UP, Bench, enough, in_bf16, plain, run_steps, set_up
+from fastdcd.profiler import alternatives, reading
+from fastdcd.profiler.clock import Clock, call_seconds, spread, steady, synchronize
+from fastdcd.profiler.steps import Bench, enough, plain, run_steps, set_up
 from fastdcd.profiler.verdict import WAITING
-from fastdcd.teacher import Teacher
 from fastdcd.teacher_modes import open_mode
 from pipelines.base import Loader
 from pipelines.plan import EpochPlan, Work
@@ -46,7 +42,6 @@ from pipelines.views import Center
 FORMAT = "fastdcd-profile-2"
 LEAST = 12  # steps of a measurement, however slow they are
 MOST = 400
-ROUNDS = 3  # of alternatives, which take turns
 # Stages in the order of a step, as they are shown.
 STAGES = (
     "data_wait",
@@ -127,14 +122,14 @@ def profile(config: Config, *, seconds: float = 60.0, trace: Path | None = None)
         stage("memory")
         memory = {**_memory(bench, synthetic_loader), "device_peak": device_peak}
         stage("alternatives")
-        alternatives = {**_student_alternatives(bench, classes, train, memory, share), **_alternatives(bench)}
-        waiting = (
-            together["stages"]["data_wait"]["mean"] / together["step"]["mean"]
-            if "data_wait" in together["stages"]
-            else 0.0
-        )
+        found = {
+            **alternatives.of_student(bench, train.index, classes, device_peak, share),
+            **alternatives.of_teacher(bench),
+            **alternatives.of_loss(bench),
+        }
+        waiting = together["stages"].get("data_wait", {"mean": 0.0})["mean"] / together["step"]["mean"]
         if config.data.backend == "torch" and waiting >= WAITING and accelerator.is_main_process:
-            alternatives |= _converted(config, loading, [each.size for each in work.renderings], share)
+            found |= alternatives.of_data(config, loading, [each.size for each in work.renderings], share)
         if trace is not None:
             stage("trace")
             _trace(bench, train, trace)
@@ -160,7 +155,7 @@ def profile(config: Config, *, seconds: float = 60.0, trace: Path | None = None)
         "communication": communication,
         "evaluation": evaluation,
         "memory": memory,
-        "alternatives": alternatives,
+        "alternatives": found,
         "ranks": ranks,
         "dataset": {"images": len(train.index), "val_images": len(val.index), "classes": classes},
     }
@@ -229,7 +224,7 @@ def _communication(
     silent = _measure(bench, loader, seconds, communicate=False)
     count = sum(each.numel() for each in bench.module.parameters() if each.requires_grad)
     gradient = torch.zeros(count, device=accelerator.device)
-    alone = _call_seconds(lambda: dist.all_reduce(gradient), accelerator, 8)
+    alone = call_seconds(lambda: dist.all_reduce(gradient), accelerator.device, 8)
     processes = accelerator.num_processes
     return {
         "bytes": 4 * count,
@@ -281,13 +276,13 @@ def _evaluation(bench: Bench, val: Loader, seconds: float) -> dict[str, float]:
                 if config.eval.flip:
                     module.predict(batch.images[0].flip(3))
             if number == 0 and work.batches > 1:  # starts workers, compiles
-                _synchronize(accelerator)
+                synchronize(accelerator.device)
                 begin = time.perf_counter()
                 continue
             images += len(batch.ids)
             if time.perf_counter() - begin > seconds:
                 break
-        _synchronize(accelerator)
+        synchronize(accelerator.device)
         elapsed = time.perf_counter() - begin
     batches.close()
     bench.wrapped.train()
@@ -341,8 +336,8 @@ def _copies(loader: Loader, work: Work, accelerator: Accelerator) -> dict[str, f
     epoch.close()
     if all(image.is_cuda for image in batch.images):
         return {}
-    seconds = _call_seconds(
-        lambda: [image.to(accelerator.device, non_blocking=True) for image in batch.images], accelerator, 8
+    seconds = call_seconds(
+        lambda: [image.to(accelerator.device, non_blocking=True) for image in batch.images], accelerator.device, 8
     )
     return {"copy": accelerator.num_processes * len(batch.ids) / seconds}
 
@@ -351,128 +346,6 @@ def _attribute_wait(together: dict[str, Any], ceilings: dict[str, float]) -> Non
     """On a GPU a step waits alike for a late loader and for a late copy: it is the slower of them it waits for."""
     if ceilings.get("copy", math.inf) < ceilings.get("loader", math.inf):
         together["stages"]["copy"] = together["stages"].pop("data_wait")
-
-
-def _student_alternatives(
-    bench: Bench, classes: int, train: Loader, memory: dict[str, float | None], seconds: float
-) -> dict[str, dict[str, float]]:
-    """What the student alone would take with other settings: seconds for this run's rows, `now` and `then`.
-
-    They take turns, without data and without a teacher. One that is far slower is not asked again. A student that
-    is compiled is not asked at all: each setting would be compiled anew.
-    """
-    config, device = bench.config, bench.accelerator.device
-    if config.train.compile:
-        return {}
-    double = 2 * config.data.batch_size
-    changes: dict[str, Config] = {
-        f"student.channels_last={str(not config.student.channels_last).lower()}": replace(
-            config, student=replace(config.student, channels_last=not config.student.channels_last)
-        )
-    }
-    if config.train.precision == "fp32" and (device.type == "cpu" or torch.cuda.is_bf16_supported()):
-        changes["train.precision=bf16"] = replace(config, train=replace(config.train, precision="bf16"))
-    if double <= len(train.index) and _room(memory, bench.accelerator):
-        changes[f"data.batch_size={double}"] = replace(config, data=replace(config.data, batch_size=double))
-    benches = {"now": plain(config, bench, classes)}
-    for name, changed in changes.items():
-        benches[name] = plain(changed, bench, classes)
-        if changed.train.precision != config.train.precision:
-            in_bf16(benches[name])
-    loader = SyntheticLoader(train.index, device)
-    times: dict[str, list[float]] = {name: [] for name in benches}
-    for number in range(ROUNDS):
-        for name, each in benches.items():
-            slow = number and np.median(times[name]) > 4 * np.median(times["now"])
-            if any(gather_object([bool(slow)])):  # all processes take the same steps
-                continue
-            clock = Clock(device)
-            done = enough(seconds=seconds / ROUNDS / len(benches), least=2, most=MOST)
-            run_steps(each, loader, clock, done, warm_up=1 if number else WARM_UP)
-            marked, _ = clock.take()
-            times[name] += [sum(stages.values()) for stages in marked]
-    medians = {name: float(np.median(values)) for name, values in times.items()}
-    rows = {name: changed.data.batch_size for name, changed in changes.items()}
-    return {
-        name: {"now": medians["now"], "then": medians[name] * config.data.batch_size / rows[name]} for name in rows
-    }
-
-
-def _converted(
-    config: Config, loading: dict[str, float], sizes: list[int], seconds: float
-) -> dict[str, dict[str, float]]:
-    """What the loader would take with a converted data set, seconds a step of one process."""
-    found = reading.converted_seconds(config, tuple(sizes), seconds)
-    if found is None or not loading:
-        return {}
-    rows = config.data.batch_size
-    return {"data.backend=ffcv": {"now": rows * loading["loader"], "then": rows * found}}
-
-
-def _room(memory: dict[str, float | None], accelerator: Accelerator) -> bool:
-    """Whether a batch twice as large surely fits: every process must answer alike."""
-    if accelerator.device.type != "cuda":
-        return True
-    peak, total = memory["device_peak"], memory["device_total"]
-    assert peak is not None and total is not None
-    return max(gather_object([peak / total])) < 0.45
-
-
-def _alternatives(bench: Bench) -> dict[str, dict[str, float]]:
-    """What loss and teacher would take with other settings, seconds a step, `now` and `then`."""
-    config, accelerator, teacher = bench.config, bench.accelerator, bench.teacher
-    found: dict[str, dict[str, float]] = {}
-    if config.loss.dcd and config.loss.form != "auto" and teacher is not None:
-        now, then = (_dcd_seconds(bench, teacher, form) for form in (config.loss.form, "auto"))
-        found["loss.form=auto"] = {"now": now, "then": then}
-    if config.teacher.mode == "online" and teacher is not None:
-        images = torch.zeros(
-            bench.rows, 3, teacher.size, teacher.size, dtype=torch.uint8, device=accelerator.device
-        )
-        images = images.contiguous(memory_format=torch.channels_last)
-        precision = teacher.precision
-        seconds = {precision: _call_seconds(lambda: teacher(images), accelerator, 4)}
-        if (
-            precision == "fp32"
-            and not config.teacher.compile
-            and (accelerator.device.type == "cpu" or torch.cuda.is_bf16_supported())
-        ):
-            teacher.precision = "bf16"
-            seconds["bf16"] = _call_seconds(lambda: teacher(images), accelerator, 4)
-            teacher.precision = precision
-            found["teacher.precision=bf16"] = {"now": seconds[precision], "then": seconds["bf16"]}
-        features = torch.rand(bench.rows, teacher.feature_dim, device=accelerator.device)
-        classify = _call_seconds(lambda: teacher.logits(features), accelerator, 8)
-        found["teacher.mode=cached"] = {"now": seconds[precision], "then": classify}
-    return found
-
-
-def _dcd_seconds(bench: Bench, teacher: Teacher, form: str) -> float:
-    """Forward and backward of the DCD term alone, by one form of it."""
-    accelerator, rows = bench.accelerator, bench.rows
-    classes = 2
-    term = bench.module.terms["dcd"]
-    assert isinstance(term, Term)
-    kept = term.config
-    term.config = replace(kept, form=form)  # type: ignore[arg-type]
-
-    def random(dim: int) -> ModelOutput:
-        features = torch.randn(rows, dim, device=accelerator.device)
-        return ModelOutput(features, features[:, :classes])
-
-    known = random(teacher.feature_dim)
-
-    def call() -> None:
-        student = random(bench.module.student.feature_dim)
-        student.features.requires_grad_()
-        labels = torch.zeros(rows, dtype=torch.int64, device=accelerator.device)
-        term(LossInputs(student, known, labels, rows))[0].backward()
-        term.zero_grad()
-
-    try:
-        return _call_seconds(call, accelerator, 5)
-    finally:
-        term.config = kept
 
 
 def _trace(bench: Bench, loader: Loader, path: Path) -> None:
@@ -488,23 +361,6 @@ def _trace(bench: Bench, loader: Loader, path: Path) -> None:
     if bench.accelerator.num_processes > 1:
         path = path.with_stem(f"{path.stem}-rank{bench.accelerator.process_index}")
     recorded.export_chrome_trace(str(path))
-
-
-def _call_seconds(call: Callable[[], object], accelerator: Accelerator, times: int) -> float:
-    """Median time of a call, after two to warm up."""
-    found = []
-    for _ in range(times + 2):
-        _synchronize(accelerator)
-        begin = time.perf_counter()
-        call()
-        _synchronize(accelerator)
-        found.append(time.perf_counter() - begin)
-    return float(np.median(found[2:]))
-
-
-def _synchronize(accelerator: Accelerator) -> None:
-    if accelerator.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _bytes(tensors: Any) -> int:
