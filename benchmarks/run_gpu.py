@@ -104,6 +104,16 @@ PARTS = (
         tiny="--rows 16 --seconds 0.1",
         minutes=5.0,
     ),
+    Part(
+        name="profiler-cuda",
+        script="profiler.py",
+        arguments="--config configs/imagenet/resnet34_resnet18/100_epochs.yaml --times 4 --seconds 40 "
+        "--set data.backend=synthetic data.train=51200x1000 data.val=1000x1000 data.batch_size=1024 teacher.mode=none "
+        "loss.kd=0 loss.dcd=0",
+        tiny="--times 2 --seconds 0.1 --set data.train=64x10 data.val=8x10 data.batch_size=4 student.image_size=32 "
+        "student.model=torchvision:shufflenet_v2_x0_5 data.device=cpu train.precision=fp32",
+        minutes=5.0,
+    ),
     _step("step-mobilenet-v2-192", "resnet50_mobilenet_v2", 1024, 192, 192),
     _step("step-mobilenet-v2-224", "resnet50_mobilenet_v2", 256, 224, 224),
     _step("step-mobilenet-v2-160", "resnet50_mobilenet_v2", 1024, 160, 192),

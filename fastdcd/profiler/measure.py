@@ -99,7 +99,8 @@ def profile(config: Config, *, seconds: float = 60.0, trace: Path | None = None)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         stage("together")
-        together = _measure(bench, train, 3 * share, alternate=True)
+        steps = Clock(device)
+        _steps_together(bench, train, steps, share)
         device_peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
         stage("ceilings")
         synthetic_loader = SyntheticLoader(train.index, device)
@@ -108,19 +109,22 @@ def profile(config: Config, *, seconds: float = 60.0, trace: Path | None = None)
         if config.teacher.mode != "none":
             bare = plain(config, bench, classes)
             ceilings["plain_cross_entropy"] = _rate(_measure(bare, synthetic_loader, share), config)
+        _steps_together(bench, train, steps, share)
         stage("communication")
         communication = _communication(bench, synthetic_loader, synthetic, share)
-        _split_backward(together, synthetic, communication)
         stage("loader")
         loading = reading.stages(train, work, config, share)
         if loading:
             ceilings["loader"] = accelerator.num_processes / loading["loader"]
         ceilings |= _copies(train, work, accelerator)
-        _attribute_wait(together, ceilings)
         stage("evaluation")
         evaluation = _evaluation(bench, val, share)
         stage("memory")
         memory = {**_memory(bench, synthetic_loader), "device_peak": device_peak}
+        _steps_together(bench, train, steps, share)
+        together = _summary(*steps.take())
+        _split_backward(together, synthetic, communication)
+        _attribute_wait(together, ceilings)
         stage("alternatives")
         found = {
             **alternatives.of_student(bench, train.index, classes, device_peak, share),
@@ -161,11 +165,22 @@ def profile(config: Config, *, seconds: float = 60.0, trace: Path | None = None)
     }
 
 
+def _steps_together(bench: Bench, loader: Loader, clock: Clock, seconds: float) -> None:
+    """Steps as in training. They come in three turns over the minute: a machine's pace drifts, and what two profiles
+    may differ by should be seen within each."""
+    done = enough(seconds=seconds, least=-(-LEAST // 3), most=MOST // 3)
+    run_steps(bench, loader, clock, done, alternate=True)
+
+
 def _measure(bench: Bench, loader: Loader, seconds: float, **options: Any) -> dict[str, Any]:
-    """Steps for about `seconds`: the whole step, its stages, and what marking them costs."""
+    """Steps for about `seconds`, all of them marked."""
     clock = Clock(bench.accelerator.device)
     run_steps(bench, loader, clock, enough(seconds=seconds, least=LEAST, most=MOST), **options)
-    marked, whole = clock.take()
+    return _summary(*clock.take())
+
+
+def _summary(marked: list[dict[str, float]], whole: list[float]) -> dict[str, Any]:
+    """The whole step, its stages, and what marking them costs, from steps that were marked and others."""
     waits = [round(step.get("data_wait", 0.0), 6) for step in marked]
     overhead = float(np.median([sum(step.values()) for step in marked]) / np.median(whole) - 1) if whole else None
     kept = steady(marked, lambda step: sum(step.values()))

@@ -2,7 +2,8 @@
 
 The model: every process keeps its rows of a step and its own loader (as many cores and as much bandwidth each),
 so that only the gradients' all-reduce grows. A ring moves 2 (P - 1) / P times the gradients' bytes through each
-process; what is longer than the backward pass is exposed, and the last bucket (DDP's 25 MiB) always is.
+process; what is longer than the backward pass is exposed, and the last bucket (DDP's 25 MiB) always is. On a CPU all
+of it is: the cores that move gradients are those that compute them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def step_seconds(profile: dict[str, Any], processes: int, bandwidth: float) -> f
         return float(alone)
     size = profile["memory"]["gradients"]
     ring = 2 * (processes - 1) / processes / bandwidth
-    exposed = max(ring * size - stages["backward"], ring * min(size, LAST_BUCKET))
+    hidden = stages["backward"] if profile["about"]["device"] != "cpu" else 0.0
+    exposed = max(ring * size - hidden, ring * min(size, LAST_BUCKET))
     return float(alone + exposed)
 
 
