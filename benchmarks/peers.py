@@ -36,6 +36,7 @@ from fastdcd import cli, models, weights
 from pipelines.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
+OURS = "this trainer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,7 +374,7 @@ def photos(arguments: argparse.Namespace, work: Path) -> list[Program]:
 
 def table(programs: list[Program]) -> tuple[dict[str, Any], str]:
     """Ratios of every program to the one beside it, turn by turn."""
-    lines = ["| program | images/s | beside ours, teacher as its own | turns |", "|---|---|---|---|"]
+    lines = ["| program | images/s | over ours, teacher as its own | turns |", "|---|---|---|---|"]
     results: dict[str, Any] = {}
     rates = {program.name: program.rates for program in programs}
     for program in programs:
@@ -389,6 +390,15 @@ def table(programs: list[Program]) -> tuple[dict[str, Any], str]:
             f"| {program.name} | {record.text(record.spread(program.rates), 1)} | "
             f"{'1' if own else record.text(record.spread(ratios), 2)} | {len(ratios)} |"
         )
+    lines += ["", "| images/s of | over those of | |", "|---|---|---|"]
+    for peer in programs:
+        if not peer.rates or peer.name.startswith(OURS):
+            continue
+        for program in programs:
+            if program.name.startswith(OURS) and program.beside == peer.beside:
+                ratio = record.spread([a / b for a, b in zip(program.rates, peer.rates, strict=True)])
+                results[program.name].setdefault("over", {})[peer.name] = ratio
+                lines.append(f"| {program.name} | {peer.name} | {record.text(ratio, 2)} |")
     return results, "\n".join(lines)
 
 
