@@ -8,6 +8,7 @@ few rows, a process slower than the other; and a healthy run. A verdict counts i
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections import defaultdict
@@ -53,11 +54,16 @@ def main() -> int:
     )
     parser.add_argument("--times", type=int, default=10, metavar="N", help="each fault (default 10)")
     parser.add_argument("--name", required=True, help="results are written to benchmarks/results/NAME")
+    parser.add_argument("--add", action="store_true", help="to what NAME has already: several short calls")
     arguments = parser.parse_args()
     repeat = Repeat(arguments.times)
     pytest.main([str(TESTS), "-k", "named or healthy", "--timeout=0", "--tb=line"], plugins=[repeat])
     if not repeat.passed:
         raise ValueError(f"{TESTS}: no test ran; see above")
+    before = record.RESULTS / f"{arguments.name}.json"
+    if arguments.add and before.is_file():
+        for name, passed in json.loads(before.read_text())["passed"].items():
+            repeat.passed[name] = [*passed, *repeat.passed[name]]
     lines = ["| planted | named |", "|---|---|"]
     for name, passed in repeat.passed.items():
         words = name.removeprefix("test_").replace("_", " ")

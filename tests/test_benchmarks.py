@@ -35,7 +35,9 @@ def results(folder: Path, name: str) -> dict[str, Any]:
 
 
 # fused_loss.py starts a process for each of its figures, which is too slow here; tests/test_losses.py has its forms.
-@pytest.mark.parametrize("name", ["step-r18-160", "gpu-loaders", "epoch-r18", "fill-cuda", "cifar-pairs"])
+@pytest.mark.parametrize(
+    "name", ["step-r18-160", "gpu-loaders", "epoch-r18", "fill-cuda", "profiler-cuda", "cifar-pairs"]
+)
 def test_every_part_writes_its_results(run_gpu: ModuleType, tmp_path: Path, name: str) -> None:
     (part,) = [part for part in run_gpu.PARTS if part.name == name]
     _, *arguments = part.command(tiny=True)
