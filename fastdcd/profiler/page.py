@@ -158,7 +158,8 @@ def _beside(profile: dict[str, Any]) -> str:
 def _ranks(ranks: list[dict[str, Any]]) -> str:
     names = list(ranks[0]["stages"])
     slowest = {name: max(rank["stages"].get(name, 0.0) for rank in ranks) for name in names}
-    shown = sorted(names, key=lambda name: -slowest[name])[:6]
+    longest = sorted(names, key=lambda name: -slowest[name])[:6]
+    shown = [name for name in names if name in longest]
     rows = [
         (
             f"rank {rank['rank']}",
