@@ -37,7 +37,7 @@ def profiles(arguments: argparse.Namespace, folder: Path, count: int, *, togethe
     for rank in range(count):
         file = folder / f"{'ranks' if together else 'alone'}-{rank}.json"
         command = [sys.executable, str(ROOT / "tools/profile_throughput.py"), "--config", str(arguments.config)]
-        command += ["--seconds", str(arguments.seconds), "--json", str(file)]
+        command += ["--quick", "--seconds", str(arguments.seconds), "--json", str(file)]
         command += ["--set", *arguments.set, f"data.batch_size={rows}"]
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=_positive, default=60.0, metavar="S", help="measure about S (default 60)"
     )
+    parser.add_argument("--quick", action="store_true", help="do not try other settings: less advice, sooner")
     parser.add_argument("--json", type=Path, metavar="F", help="write everything measured")
     parser.add_argument("--html", type=Path, metavar="F", help="write a page")
     parser.add_argument("--trace", type=Path, metavar="F", help="record some steps as a Chrome trace")
@@ -58,7 +59,10 @@ def main() -> int:
         if output is not None and not output.absolute().parent.is_dir():
             raise ValueError(f"{output}: its folder does not exist; make it first")
     found = measure.profile(
-        config.load(arguments.config, arguments.set), seconds=arguments.seconds, trace=arguments.trace
+        config.load(arguments.config, arguments.set),
+        seconds=arguments.seconds,
+        quick=arguments.quick,
+        trace=arguments.trace,
     )
     found["about"] |= {"config": str(arguments.config), "set": arguments.set}
     bandwidth = arguments.bandwidth * 1e9 if arguments.bandwidth else None

@@ -60,10 +60,13 @@ STAGES = (
 )
 
 
-def profile(config: Config, *, seconds: float = 60.0, trace: Path | None = None) -> dict[str, Any]:
+def profile(
+    config: Config, *, seconds: float = 60.0, quick: bool = False, trace: Path | None = None
+) -> dict[str, Any]:
     """Measure a config on its data and this machine in about `seconds`. Nothing of the run is written.
 
-    With `trace` some steps are also recorded by torch.profiler, as a Chrome trace.
+    `quick` tries no alternatives: most advice then promises no gain, and too small a batch is not told. With
+    `trace` some steps are also recorded by torch.profiler, as a Chrome trace.
 
     Raises ValueError for what training would refuse.
     """
@@ -126,14 +129,13 @@ def profile(config: Config, *, seconds: float = 60.0, trace: Path | None = None)
         _split_backward(together, synthetic, communication)
         _attribute_wait(together, ceilings)
         stage("alternatives")
-        found = {
-            **alternatives.of_student(bench, train.index, classes, device_peak, share),
-            **alternatives.of_teacher(bench),
-            **alternatives.of_loss(bench),
-        }
-        waiting = together["stages"].get("data_wait", {"mean": 0.0})["mean"] / together["step"]["mean"]
-        if config.data.backend == "torch" and waiting >= WAITING and accelerator.is_main_process:
-            found |= alternatives.of_data(config, loading, [each.size for each in work.renderings], share)
+        found: alternatives.Found = {}
+        if not quick:
+            found |= alternatives.of_student(bench, train.index, classes, device_peak, share)
+            found |= alternatives.of_teacher(bench) | alternatives.of_loss(bench)
+            waiting = together["stages"].get("data_wait", {"mean": 0.0})["mean"] / together["step"]["mean"]
+            if config.data.backend == "torch" and waiting >= WAITING and accelerator.is_main_process:
+                found |= alternatives.of_data(config, loading, [each.size for each in work.renderings], share)
         if trace is not None:
             stage("trace")
             _trace(bench, train, trace)

@@ -251,7 +251,7 @@ def _cache(profile: Profile) -> Advice:
         command="python tools/cache_teacher.py fill --config "
         + shlex.join([about["config"], "--set", *given, *settings]),
         settings=settings,
-        gain=_gain(profile, _saving(profile, settings[0]) * _total(profile)),
+        gain=_gain(profile, saved) if (saved := _saving(profile, settings[0]) * _total(profile)) else None,
     )
 
 
