@@ -19,7 +19,7 @@ import torch
 from conftest import BOTH, Digits, absent, forget_accelerate, run_program
 
 from fastdcd import config, models, weights
-from fastdcd.profiler import measure
+from fastdcd.profiler import alternatives, measure
 from fastdcd.profiler.projection import project, step_seconds
 from fastdcd.profiler.verdict import verdict
 from fastdcd.train import train
@@ -38,6 +38,7 @@ TOOL = "tools/profile_throughput.py"
 def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Few steps a measurement: what is planted here is large. One thread: two wait for each other on busy cores."""
     monkeypatch.setattr(measure, "LEAST", 8)
+    monkeypatch.setattr(alternatives, "ROUNDS", 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -232,7 +233,7 @@ def profile_with_a_slow_rank(file: Path, out: Path) -> None:
     """Run by each of two processes: the second one's batches arrive late."""
     if os.environ["RANK"] == "1":
         prefetch.prefetch = late(prefetch.prefetch, 0.05)
-    measure.LEAST = 8
+    measure.LEAST, alternatives.ROUNDS = 8, 1
     profile = measure.profile(config.load(file), seconds=1)
     if os.environ["RANK"] == "0":
         out.write_text(json.dumps({**profile, "verdict": verdict(profile)}))
