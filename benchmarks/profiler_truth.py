@@ -54,10 +54,12 @@ def main() -> int:
     )
     parser.add_argument("--times", type=int, default=10, metavar="N", help="each fault (default 10)")
     parser.add_argument("--name", required=True, help="results are written to benchmarks/results/NAME")
+    parser.add_argument("--only", default="", metavar="WORD", help="faults whose test has WORD in its name")
     parser.add_argument("--add", action="store_true", help="to what NAME has already: several short calls")
     arguments = parser.parse_args()
     repeat = Repeat(arguments.times)
-    pytest.main([str(TESTS), "-k", "named or healthy", "--timeout=0", "--tb=line"], plugins=[repeat])
+    chosen = "(named or healthy)" + (f" and {arguments.only}" if arguments.only else "")
+    pytest.main([str(TESTS), "-k", chosen, "--timeout=0", "--tb=line"], plugins=[repeat])
     if not repeat.passed:
         raise ValueError(f"{TESTS}: no test ran; see above")
     before = record.RESULTS / f"{arguments.name}.json"
