@@ -46,7 +46,7 @@ def main() -> int:
             job = conversion.Job(sources=sources, out=scratch / f"500 px {name}.beton")
             conversion.to_beton(job, Storage(jpeg=jpeg))
         (scratch / "originals").symlink_to(arguments.source.resolve())
-        datasets = [f"torch:{scratch}/originals", f"dali:{scratch}/originals", f"dali:{scratch}/shards 500 px"]
+        datasets = [f"dali:{scratch}/originals", f"dali:{scratch}/shards 500 px"]
         datasets += [f"ffcv:{scratch}/500 px {name}.beton" for name in ("raw", "JPEG")]
         command = [sys.executable, str(ROOT / "tools/check_parity.py"), *datasets]
         command += [

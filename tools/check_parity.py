@@ -137,11 +137,15 @@ def compare(
         boxes, flips = family.boxes(0, ids, 0, index.sizes[ids])
         ours = rendered(loader, ids, boxes, flips, size)
 
-        def row(against: str, theirs: Tensor, crop: str = crop, ours: Tensor = ours) -> Row:
+        seen = teacher.features(ours) if teacher else None
+
+        def row(
+            against: str, theirs: Tensor, crop: str = crop, ours: Tensor = ours, a: Tensor | None = seen
+        ) -> Row:
             difference = (ours.int() - theirs.int()).abs().float().mean((1, 2, 3))
             cosine = agree = None
-            if teacher:
-                a, b = teacher.features(ours), teacher.features(theirs)
+            if teacher and a is not None:
+                b = teacher.features(theirs)
                 cosine = torch.cosine_similarity(a, b)
                 agree = teacher.logits(a).argmax(1) == teacher.logits(b).argmax(1)
             return Row(
