@@ -49,7 +49,12 @@ def write_json(path: Path, value: object) -> None:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """A file mapped to be read. Its pages belong to the page cache: the kernel takes them back when memory is short."""
+    """A file mapped to be read. Its pages belong to the page cache: the kernel takes them back when memory is short.
+
+    Raises ValueError for an empty file.
+    """
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: an empty file; copy or convert it again")
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 

@@ -97,16 +97,25 @@ class DatasetIndex:
         path = folder / "index.json"
         if not path.is_file():
             raise ValueError(f"{folder}: no index.json; expected a folder written by tools/convert.py")
-        description = json.loads(path.read_text())
+        damaged = f"{folder}: the index is damaged or cut off"
+        try:
+            description = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{damaged} ({path.name}: {error}); convert the dataset again") from None
         if description.get("format") != FORMAT:
             raise ValueError(
                 f"{path}: format {description.get('format')!r}, expected {FORMAT!r}; convert the dataset again"
             )
-        arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in description["arrays"]}
+        try:
+            arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in description["arrays"]}
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{damaged} ({error}); convert the dataset again") from None
         names = (folder / "names.txt").read_text().split("\n") if description["count"] else []
+        if len(names) != description["count"]:
+            raise ValueError(f"{damaged} (names.txt); convert the dataset again")
         index = cls(classes=tuple(description["classes"]), names=names, **arrays)
         if index.digest != description["digest"]:
-            raise ValueError(f"{folder}: the index is damaged (digest mismatch); convert the dataset again")
+            raise ValueError(f"{damaged} (digest mismatch); convert the dataset again")
         return index
 
 

@@ -43,7 +43,10 @@ class ResidentLoader(Loader):
                 f"python tools/convert.py resident {path} OUT"
             )
         index = DatasetIndex.load(path)
-        images = np.load(path / IMAGES, allow_pickle=False, mmap_mode="r")
+        try:
+            images = np.load(path / IMAGES, allow_pickle=False, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path / IMAGES}: damaged or cut off ({error}); copy or convert it again") from None
         if images.shape[0] != len(index) or images.dtype != np.uint8 or images.shape[3:] != (3,):
             raise ValueError(
                 f"{path / IMAGES}: got {images.dtype} {images.shape}, expected uint8 [{len(index)}, H, W, 3]; "

@@ -208,6 +208,12 @@ class ShardReader:
                 f"{total:,} in {len(paths)} files; a tar is missing or cut: copy or convert it again"
             )
         self._start = index.offsets - np.concatenate([[0], ends])[self._shard]
+        used, first = np.unique(self._shard, return_index=True)
+        if len(used) < len(paths) or (self._start[first] != _BLOCK).any():  # every tar begins with an image
+            raise ValueError(
+                f"{folder}: its {len(paths)} tars are not those of its index: one is missing, cut, longer, or of "
+                "another conversion; copy or convert them again"
+            )
 
     def __call__(self, ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """Encoded bytes uint8 [length] of samples `ids` [n]; read-only views, valid as long as the reader."""

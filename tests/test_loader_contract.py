@@ -554,7 +554,12 @@ def test_a_missing_dataset_is_a_clear_error(case: Case, tmp_path: Path) -> None:
         open_loader(case.backend, tmp_path / "empty", LoaderOptions())
 
 
-CONTAINERS = {"ffcv-jpeg": "photos.beton", "ffcv-raw": "photos.beton", "dali-shards": "shard-000001.tar"}
+CONTAINERS = {
+    "ffcv-jpeg": "photos.beton",
+    "ffcv-raw": "photos.beton",
+    "dali-shards": "shard-000001.tar",
+    "resident": "images.npy",
+}
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
@@ -563,11 +568,9 @@ def test_a_cut_file_is_refused(name: str, photos: Path, tmp_path: Path) -> None:
     case = CASES[name](photos, tmp_path)
     path = tmp_path / CONTAINERS[name]
     whole = path.read_bytes()
-    # a tar ends with zeros that hold nothing
-    cuts = [0, 1, 100, len(whole) // 100, len(whole) // 2, len(whole) - (3000 if path.suffix == ".tar" else 1)]
-    for length in cuts:
+    for length in (0, 1, 100, len(whole) // 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"cut|not a whole|copy"):
+        with pytest.raises(ValueError, match=r"cut|not a whole|empty"):
             case.open()
     path.write_bytes(whole)
     case.open().close()
