@@ -67,7 +67,7 @@ def all_ranks(path: Path, kind: str, ranks: int, epoch: int) -> list[dict[str, f
 
 def memory_limit() -> int:
     """Of this process's cgroup, bytes; the machine's memory if there is none."""
-    own = dict(line.split(":")[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
+    own = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
     candidates = [
         Path("/sys/fs/cgroup/memory" + own.get("memory", "")) / "memory.limit_in_bytes",
         Path("/sys/fs/cgroup" + own.get("", "")) / "memory.max",

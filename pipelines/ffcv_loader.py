@@ -94,8 +94,10 @@ class FFCVLoader(Loader):
         """Allocate batch `number` and give its rows to the threads."""
         rows = task.work.rows(number)
         assert self._map is not None, "closed"
-        for sample_id in task.work.ids[rows]:
-            will_need(self._map, int(self._layout.pointers[sample_id]), int(self._layout.lengths[sample_id]))
+        ids = task.work.ids[rows]
+        spans = (self._layout.pointers[ids].tolist(), self._layout.lengths[ids].tolist())
+        for start, length in zip(*spans, strict=True):
+            will_need(self._map, start, length)
         count, sizes = rows.stop - rows.start, [rendering.size for rendering in task.work.renderings]
         cuda = self._options.device.type == "cuda"
         # pinning belongs to the GPU that trains: torch would create a context on the first one

@@ -224,8 +224,9 @@ class ShardReader:
     def will_need(self, ids: NDArray[np.int64]) -> None:
         """Let the kernel read samples `ids` [n] in the background; does not wait for the storage."""
         assert self.index.lengths is not None
-        for shard, start, length in zip(self._shard[ids], self._start[ids], self.index.lengths[ids], strict=True):
-            will_need(self._files[shard], int(start), int(length))
+        spans = (self._shard[ids].tolist(), self._start[ids].tolist(), self.index.lengths[ids].tolist())
+        for shard, start, length in zip(*spans, strict=True):
+            will_need(self._files[shard], start, length)
 
     def close(self) -> None:
         """Let go of the files. Views handed out keep theirs open."""
