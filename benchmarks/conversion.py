@@ -7,7 +7,8 @@ set sizes (pages that they share count once), sampled.
 
 Sizes: the mean of what one photograph takes under several settings, each distinct one encoded once.
 
-    python benchmarks/conversion.py --source IMAGENET_CLASS_FOLDERS [--images 1000] [--rounds 5]
+    python benchmarks/conversion.py --source IMAGENET_CLASS_FOLDERS [--images 600] [--rounds 5]
+    python benchmarks/conversion.py --source IMAGENET_CLASS_FOLDERS --memory 600 2400 9600     (memory alone)
 """
 
 from __future__ import annotations
@@ -107,12 +108,17 @@ def bytes_an_image(source: Path) -> dict[str, dict[int, float]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="class folders of real photographs")
-    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--factor", type=int, default=4, help="memory is measured at IMAGES and FACTOR * IMAGES")
+    parser.add_argument(
+        "--memory", type=int, nargs="+", metavar="N", help="memory alone, at these numbers of images"
+    )
     arguments = parser.parse_args()
+    if arguments.memory:
+        memory = memory_at(arguments.source, arguments.memory)
+        record.write("conversion-memory", {"memory": memory}, "\n".join(memory_lines(memory)))
+        return 0
     rates: dict[str, list[float]] = {"FFCV's DatasetWriter": [], "ours, ffcv": [], "ours, shards": []}
-    memory: dict[str, dict[int, int]] = {"ffcv": {}, "shards": {}}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         (scratch / "n").mkdir()
@@ -128,14 +134,28 @@ def main() -> int:
                 if number:
                     rates[name].append(arguments.images / (time.perf_counter() - start))
                 subprocess.run(["rm", "-rf", str(out), f"{out}.index"], check=True)
-        for factor in (1, arguments.factor):
-            count = factor * arguments.images
-            (scratch / str(count)).mkdir()
-            root = prepare(arguments.source, scratch / str(count), count)
-            for kind, found in memory.items():
-                found[count] = peak_memory(kind, root, scratch / f"{kind} {count}")
+    memory = memory_at(arguments.source, [arguments.images, 4 * arguments.images])
     write(arguments, rates, memory, bytes_an_image(arguments.source))
     return 0
+
+
+def memory_at(source: Path, counts: list[int]) -> dict[str, dict[int, int]]:
+    """peak_memory by format and number of images."""
+    memory: dict[str, dict[int, int]] = {"ffcv": {}, "shards": {}}
+    for count in counts:
+        for kind, found in memory.items():
+            with tempfile.TemporaryDirectory() as folder:
+                found[count] = peak_memory(kind, prepare(source, Path(folder), count), Path(folder) / "out")
+    return memory
+
+
+def memory_lines(memory: dict[str, dict[int, int]]) -> list[str]:
+    """A table in Markdown."""
+    lines = ["| most memory of all processes | " + " | ".join(f"{n:,} images" for n in memory["ffcv"]) + " |"]
+    lines.append("|---|" + "---|" * len(memory["ffcv"]))
+    for kind, found in memory.items():
+        lines.append(f"| {kind} | " + " | ".join(f"{value / 1e6:.0f} MB" for value in found.values()) + " |")
+    return lines
 
 
 def write(
@@ -160,10 +180,7 @@ def write(
     for name, values in rates.items():
         ratio = record.text(ratios[name], 2) if name != stock else ""
         lines.append(f"| {name} | {record.text(record.spread(values), 0)} | {ratio} |")
-    lines += ["", "| most memory of all processes | " + " | ".join(f"{n:,} images" for n in memory["ffcv"]) + " |"]
-    lines.append("|---|" + "---|" * len(memory["ffcv"]))
-    for kind, found in memory.items():
-        lines.append(f"| {kind} | " + " | ".join(f"{value / 1e6:.0f} MB" for value in found.values()) + " |")
+    lines += ["", *memory_lines(memory)]
     lines += ["", "| kB an image, by longest side | " + " | ".join(f"{side} px" for side in SIDES) + " |"]
     lines.append("|---|" + "---|" * len(SIDES))
     for name, mean in sizes.items():
