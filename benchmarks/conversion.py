@@ -8,7 +8,7 @@ set sizes (pages that they share count once), sampled.
 Sizes: the mean of what one photograph takes under several settings, each distinct one encoded once.
 
     python benchmarks/conversion.py --source IMAGENET_CLASS_FOLDERS [--images 600] [--rounds 5]
-    python benchmarks/conversion.py --source IMAGENET_CLASS_FOLDERS --memory 600 2400 9600     (memory alone)
+    python benchmarks/conversion.py --source IMAGENET_CLASS_FOLDERS --memory 500 5000     (memory alone)
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Converts photographs into what each backend reads and compares the same boxes at the teacher's resolution: on the
 same stored pixels, and with the originals.
 
-    python benchmarks/parity.py --source IMAGENET_CLASS_FOLDERS --classes CLASSES.txt --teacher efficientnet-lite2.pth
+    python benchmarks/parity.py --source IMAGENET_CLASS_FOLDERS --classes CLASSES.txt --teacher efficientnet-lite2.pth \
+        --backend dali
 """
 
 from __future__ import annotations
@@ -36,18 +37,22 @@ def main() -> int:
     parser.add_argument(
         "--teacher", type=Path, required=True, help="weights of EfficientNet-Lite2: docs/convert.md"
     )
+    parser.add_argument("--backend", choices=("dali", "ffcv"), required=True)
     parser.add_argument("--images", type=int, default=120)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         sources = open_sources(arguments.source, read_classes(arguments.classes))
-        conversion.to_shards(conversion.Job(sources=sources, out=scratch / "shards 500 px"), Storage())
-        for name, jpeg in (("raw", 0.0), ("JPEG", 1.0)):
-            job = conversion.Job(sources=sources, out=scratch / f"500 px {name}.beton")
-            conversion.to_beton(job, Storage(jpeg=jpeg))
-        (scratch / "originals").symlink_to(arguments.source.resolve())
-        datasets = [f"dali:{scratch}/originals", f"dali:{scratch}/shards 500 px"]
-        datasets += [f"ffcv:{scratch}/500 px {name}.beton" for name in ("raw", "JPEG")]
+        if arguments.backend == "dali":
+            conversion.to_shards(conversion.Job(sources=sources, out=scratch / "shards 500 px"), Storage())
+            (scratch / "originals").symlink_to(arguments.source.resolve())
+            names = ["originals", "shards 500 px"]
+        else:
+            for name, jpeg in (("raw", 0.0), ("JPEG", 1.0)):
+                job = conversion.Job(sources=sources, out=scratch / f"500 px {name}.beton")
+                conversion.to_beton(job, Storage(jpeg=jpeg))
+            names = ["500 px raw.beton", "500 px JPEG.beton"]
+        datasets = [f"{arguments.backend}:{scratch / name}" for name in names]
         command = [sys.executable, str(ROOT / "tools/check_parity.py"), *datasets]
         command += [
             "--config",
@@ -71,7 +76,7 @@ def main() -> int:
         "",
         f"{arguments.images} photographs at 224 px; stored: the same stored pixels, source: the originals.",
     ]
-    record.write("parity-cpu", {"rows": rows}, "\n".join(lines))
+    record.write(f"parity-{arguments.backend}-cpu", {"rows": rows}, "\n".join(lines))
     return 0
 
 
