@@ -42,7 +42,7 @@ def main() -> int:
     )
     config.add_arguments(parser)
     parser.add_argument("--source", type=Path, required=True, help="class folders of real photographs")
-    parser.add_argument("--images", type=int, default=25_600, help="of an epoch")
+    parser.add_argument("--images", type=int, default=12_800, help="of an epoch")
     parser.add_argument("--backends", nargs="+", default=["dali", "ffcv"], choices=["dali", "ffcv", "torch"])
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
