@@ -184,7 +184,6 @@ def draw(arguments: argparse.Namespace) -> None:
         f"Teacher {teacher:.2f} %. {USUAL}, over DCD + KD, cached, bf16, resident: {record.text(gain, 2)} times the "
         f"time of an epoch. {len(rounds)} rounds; seeds {sorted({row['seed'] for row in runs})}.",
     ]
-    chart(cells, ratios, teacher, record.RESULTS / f"{arguments.name}.png")
     results = {
         "config": str(arguments.config),
         "overrides": arguments.set,
@@ -196,6 +195,7 @@ def draw(arguments: argparse.Namespace) -> None:
         "usual_over_cached": gain,
     }
     record.write(arguments.name, results, "\n".join(table))
+    chart(cells, lengths, teacher, record.RESULTS / f"{arguments.name}.png")
 
 
 class Cell(NamedTuple):
@@ -216,7 +216,8 @@ def teacher_accuracy(arguments: argparse.Namespace) -> float:
     return found
 
 
-def chart(cells: dict[str, list[Cell]], ratios: dict[str, Any], teacher: float, path: Path) -> None:
+def chart(cells: dict[str, list[Cell]], lengths: list[int], teacher: float, path: Path) -> None:
+    """Accuracy over time, a line a student; a whisker from the lowest to the highest seed."""
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for name, row in cells.items():
         times, top1 = [cell.time for cell in row], np.array([cell.top1 for cell in row])  # [lengths, seeds]
@@ -232,6 +233,10 @@ def chart(cells: dict[str, list[Cell]], ratios: dict[str, Any], teacher: float, 
             label=name,
         )
         axes.vlines(times, top1.min(1), top1.max(1), color=line.get_color(), linewidth=1)
+    for cell, epochs in zip(cells["DCD + KD, cached"], lengths, strict=True):
+        beside = {"xytext": (-8, 4), "ha": "right"} if epochs < lengths[-1] else {"xytext": (8, -12), "ha": "left"}
+        place = {"textcoords": "offset points", "fontsize": 9, "color": COLORS["DCD + KD, cached"]}
+        axes.annotate(f"{epochs} epochs", (cell.time, np.mean(cell.top1)), **beside, **place)
     dress(axes, cells, teacher)
     figure.savefig(path, dpi=130)
 
@@ -239,8 +244,9 @@ def chart(cells: dict[str, list[Cell]], ratios: dict[str, Any], teacher: float, 
 def dress(axes: Axes, cells: dict[str, list[Cell]], teacher: float) -> None:
     """Axes, labels and the teacher's line."""
     axes.axhline(teacher, color="black", linewidth=0.8, linestyle=":")
-    axes.annotate("teacher", (min(cells[PLAIN])[0], teacher), (0, 3), textcoords="offset points", fontsize=9)
+    axes.annotate("teacher", (cells[PLAIN][0].time, teacher), (0, 3), textcoords="offset points", fontsize=9)
     axes.set_xscale("log", base=2)
+    axes.set_xlim(left=0.8 * cells[PLAIN][0].time)
     ticks = [2**power for power in range(1, 7) if 2**power <= 1.3 * max(row[-1].time for row in cells.values())]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set(xlabel="training time (1 = an epoch of the student without a teacher)", ylabel="top-1, %")
