@@ -157,14 +157,18 @@ def folders(arguments: argparse.Namespace) -> Path:
 
 
 def draw(arguments: argparse.Namespace) -> None:
-    """The table and the chart in benchmarks/results. Times are ratios to an epoch without a teacher."""
+    """The table and the chart in benchmarks/results. Times are ratios to an epoch without a teacher.
+
+    Where `time` has not run, the chart counts epochs and the table says so.
+    """
     runs, rounds = lines(arguments.folder / "runs.jsonl"), lines(arguments.folder / "times.jsonl")
     names = [*STUDENTS, USUAL, FILL]
-    ratios = {name: record.spread([each[name] / each[PLAIN] for each in rounds]) for name in names}
-    gain = record.spread([each[USUAL] / each["DCD + KD, cached"] for each in rounds])
+    ratios = {name: record.spread([each[name] / each[PLAIN] for each in rounds]) for name in names if rounds}
+    gains = [each[USUAL] / each["DCD + KD, cached"] for each in rounds]
     lengths = sorted({row["epochs"] for row in runs})
     cells = {
-        name: [Cell.of(runs, name, epochs, ratios[name]["median"]) for epochs in lengths] for name in STUDENTS
+        name: [Cell.of(runs, name, epochs, ratios[name]["median"] if rounds else 1.0) for epochs in lengths]
+        for name in STUDENTS
     }
     teacher = teacher_accuracy(arguments)
     heading = [f"{epochs} epochs" for epochs in lengths]
@@ -177,13 +181,17 @@ def draw(arguments: argparse.Namespace) -> None:
     ]
     for name, row in cells.items():
         texts = [f"{np.mean(cell.top1):.2f} ({min(cell.top1):.2f} to {max(cell.top1):.2f})" for cell in row]
-        table.append(f"| {name} | {' | '.join(texts)} | {record.text(ratios[name], 2)} |")
-    table += [f"| {name} |{' |' * len(lengths)} {record.text(ratios[name], 2)} |" for name in (USUAL, FILL)]
+        table.append(f"| {name} | {' | '.join(texts)} | {time_text(ratios, name)} |")
+    table += [f"| {name} |{' |' * len(lengths)} {time_text(ratios, name)} |" for name in (USUAL, FILL)]
     table += [
         "",
-        f"Teacher {teacher:.2f} %. {USUAL}, over DCD + KD, cached, bf16, resident: {record.text(gain, 2)} times the "
-        f"time of an epoch. {len(rounds)} rounds; seeds {sorted({row['seed'] for row in runs})}.",
+        f"Teacher {teacher:.2f} %. Seeds {sorted({row['seed'] for row in runs})}; {len(rounds)} rounds of times.",
     ]
+    if rounds:
+        table[-1] += (
+            f" {USUAL}, over DCD + KD, cached, bf16, resident: {record.text(record.spread(gains), 2)} times the time "
+            "of an epoch."
+        )
     results = {
         "config": str(arguments.config),
         "overrides": arguments.set,
@@ -192,10 +200,15 @@ def draw(arguments: argparse.Namespace) -> None:
         "runs": runs,
         "seconds_of_an_epoch": rounds,
         "epoch_over_plain": ratios,
-        "usual_over_cached": gain,
+        "usual_over_cached": record.spread(gains) if rounds else None,
     }
     record.write(arguments.name, results, "\n".join(table))
-    chart(cells, lengths, teacher, record.RESULTS / f"{arguments.name}.png")
+    unit = "training time (1 = an epoch of the student without a teacher)" if rounds else "epochs of training"
+    chart(cells, lengths, teacher, unit, record.RESULTS / f"{arguments.name}.png")
+
+
+def time_text(ratios: dict[str, dict[str, float]], name: str) -> str:
+    return record.text(ratios[name], 2) if name in ratios else "not yet measured"
 
 
 class Cell(NamedTuple):
@@ -216,7 +229,7 @@ def teacher_accuracy(arguments: argparse.Namespace) -> float:
     return found
 
 
-def chart(cells: dict[str, list[Cell]], lengths: list[int], teacher: float, path: Path) -> None:
+def chart(cells: dict[str, list[Cell]], lengths: list[int], teacher: float, unit: str, path: Path) -> None:
     """Accuracy over time, a line a student; a whisker from the lowest to the highest seed."""
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for name, row in cells.items():
@@ -238,6 +251,7 @@ def chart(cells: dict[str, list[Cell]], lengths: list[int], teacher: float, path
         place = {"textcoords": "offset points", "fontsize": 9, "color": COLORS["DCD + KD, cached"]}
         axes.annotate(f"{epochs} epochs", (cell.time, np.mean(cell.top1)), **beside, **place)
     dress(axes, cells, teacher)
+    axes.set(xlabel=unit)
     figure.savefig(path, dpi=130)
 
 
@@ -246,10 +260,10 @@ def dress(axes: Axes, cells: dict[str, list[Cell]], teacher: float) -> None:
     axes.axhline(teacher, color="black", linewidth=0.8, linestyle=":")
     axes.annotate("teacher", (cells[PLAIN][0].time, teacher), (0, 3), textcoords="offset points", fontsize=9)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(left=0.8 * cells[PLAIN][0].time)
+    axes.set_xlim(left=0.7 * cells[PLAIN][0].time)
     ticks = [2**power for power in range(1, 7) if 2**power <= 1.3 * max(row[-1].time for row in cells.values())]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set(xlabel="training time (1 = an epoch of the student without a teacher)", ylabel="top-1, %")
+    axes.set(ylabel="top-1, %")
     axes.grid(axis="y", linewidth=0.4, alpha=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
