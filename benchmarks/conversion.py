@@ -8,7 +8,7 @@ set sizes (pages that they share count once), sampled.
 Sizes: the mean of what one photograph takes under several settings, each distinct one encoded once.
 
     python benchmarks/conversion.py --source IMAGENET_CLASS_FOLDERS [--images 600] [--rounds 5]
-    python benchmarks/conversion.py --source IMAGENET_CLASS_FOLDERS --memory 500 5000     (memory alone)
+    python benchmarks/conversion.py --source CIFAR_100_ARCHIVE_OR_FOLDERS --memory 5000 50000     (memory alone)
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def ffcv_writer(root: Path, out: Path) -> None:
         os.fsync(file.fileno())  # ours is on disk when it says that it is done
 
 
-def peak_memory(kind: str, root: Path, out: Path) -> int:
+def peak_memory(kind: str, root: Path, out: Path, *options: str) -> int:
     """The most memory, in bytes, of a tools/convert.py and its workers together."""
     program = str(Path(sys.path[0]) / "tools" / "convert.py")
-    command = [sys.executable, program, kind, str(root), str(out), "--workers", str(WORKERS)]
+    command = [sys.executable, program, kind, str(root), str(out), "--workers", str(WORKERS), *options]
     most = 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         family = psutil.Process(process.pid)
@@ -111,11 +111,16 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--memory", type=int, nargs="+", metavar="N", help="memory alone, at these numbers of images"
+        "--memory", type=int, nargs="+", metavar="N", help="memory alone, at N images of the source"
     )
     arguments = parser.parse_args()
     if arguments.memory:
-        memory = memory_at(arguments.source, arguments.memory)
+        memory: dict[str, dict[int, int]] = {"ffcv": {}, "shards": {}}
+        with tempfile.TemporaryDirectory() as folder:
+            for count in arguments.memory:
+                for kind, found in memory.items():
+                    out = Path(folder) / f"{kind} {count}"
+                    found[count] = peak_memory(kind, arguments.source, out, "--limit", str(count))
         record.write("conversion-memory", {"memory": memory}, "\n".join(memory_lines(memory)))
         return 0
     rates: dict[str, list[float]] = {"FFCV's DatasetWriter": [], "ours, ffcv": [], "ours, shards": []}
@@ -134,19 +139,14 @@ def main() -> int:
                 if number:
                     rates[name].append(arguments.images / (time.perf_counter() - start))
                 subprocess.run(["rm", "-rf", str(out), f"{out}.index"], check=True)
-    memory = memory_at(arguments.source, [arguments.images, 4 * arguments.images])
+        memory = {"ffcv": {}, "shards": {}}
+        for count in (arguments.images, 4 * arguments.images):
+            (scratch / str(count)).mkdir()
+            root = prepare(arguments.source, scratch / str(count), count)
+            for kind, found in memory.items():
+                found[count] = peak_memory(kind, root, scratch / f"{kind} {count}")
     write(arguments, rates, memory, bytes_an_image(arguments.source))
     return 0
-
-
-def memory_at(source: Path, counts: list[int]) -> dict[str, dict[int, int]]:
-    """peak_memory by format and number of images."""
-    memory: dict[str, dict[int, int]] = {"ffcv": {}, "shards": {}}
-    for count in counts:
-        for kind, found in memory.items():
-            with tempfile.TemporaryDirectory() as folder:
-                found[count] = peak_memory(kind, prepare(source, Path(folder), count), Path(folder) / "out")
-    return memory
 
 
 def memory_lines(memory: dict[str, dict[int, int]]) -> list[str]:
