@@ -1,7 +1,7 @@
 """A linear probe of trained students on the data they were trained on, beside their own classifiers.
 
-The two solve the same problem on the same features, the one after the other and without augmentation: a probe that
-is right comes out within a point of the classifier.
+Both are linear classifiers of the same features. The student's own was trained with them, on crops, on a teacher's soft
+labels where it had one; the probe afterwards, on whole images and labels only. A probe that is right comes out near it.
 
     python benchmarks/probe.py --runs runs/cifar100/cpu/plain runs/cifar100/cpu/dcd_kd --data data/cifar15-resident --name probe-cifar-cpu
 """
