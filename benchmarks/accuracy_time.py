@@ -183,8 +183,8 @@ def draw(arguments: argparse.Namespace) -> None:
         texts = [f"{np.mean(cell.top1):.2f} ({min(cell.top1):.2f} to {max(cell.top1):.2f})" for cell in row]
         table.append(f"| {name} | {' | '.join(texts)} | {time_text(ratios, name)} |")
     table += [f"| {name} |{' |' * len(lengths)} {time_text(ratios, name)} |" for name in (USUAL, FILL)]
+    table += ["", "The command below draws; with `train time draw` it does all of it.", ""]
     table += [
-        "",
         f"Teacher {teacher:.2f} %. Seeds {sorted({row['seed'] for row in runs})}; {len(rounds)} rounds of times.",
     ]
     if rounds:
@@ -246,10 +246,12 @@ def chart(cells: dict[str, list[Cell]], lengths: list[int], teacher: float, unit
             label=name,
         )
         axes.vlines(times, top1.min(1), top1.max(1), color=line.get_color(), linewidth=1)
-    for cell, epochs in zip(cells["DCD + KD, cached"], lengths, strict=True):
-        beside = {"xytext": (-8, 4), "ha": "right"} if epochs < lengths[-1] else {"xytext": (8, -12), "ha": "left"}
-        place = {"textcoords": "offset points", "fontsize": 9, "color": COLORS["DCD + KD, cached"]}
-        axes.annotate(f"{epochs} epochs", (cell.time, np.mean(cell.top1)), **beside, **place)
+    labelled = list(zip(cells["DCD + KD, cached"], lengths, strict=True))[:-1]  # the last has no room
+    for cell, epochs in labelled:
+        place = {"xytext": (-8, 4), "ha": "right", "textcoords": "offset points", "fontsize": 9}
+        axes.annotate(
+            f"{epochs} epochs", (cell.time, np.mean(cell.top1)), color=COLORS["DCD + KD, cached"], **place
+        )
     dress(axes, cells, teacher)
     axes.set(xlabel=unit)
     figure.savefig(path, dpi=130)
