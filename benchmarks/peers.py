@@ -1,12 +1,13 @@
 """This trainer beside others': the same images, models, batch and machine, one run, programs in turns.
 
-    python benchmarks/peers.py cifar  --images CIFAR/train --reference CHECKOUT
-    python benchmarks/peers.py photos --images IMAGENET/train --timm CHECKOUT --ffcv-imagenet CHECKOUT
+    python benchmarks/peers.py cifar  --images CIFAR/train --reference CHECKOUT --name peers-cifar
+    python benchmarks/peers.py photos --images IMAGENET/train --timm CHECKOUT --ffcv-imagenet CHECKOUT --name peers-photos
 
 Peers are checkouts of pytorch-image-models (timm), giakoumoglou/distillers and libffcv/ffcv-imagenet, started as
 their authors publish them, by command line alone; benchmarks/run_reference.py says what the second needs beyond that.
 What is compared is images a second of an epoch of training, without its evaluation; each program's first epoch is not
-counted. A peer that is not given, or that does not run here, is named in the table with its own last words.
+counted. A peer that is not given, or that does not run here, is named in the table with its own last words. What a peer
+imports must be installed beside this trainer: for ffcv-imagenet fastargs and torchmetrics.
 """
 
 from __future__ import annotations
