@@ -44,7 +44,7 @@ class Repeat:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.failed:
-            name = re.sub(r"-?\d+\]$", "]", report.nodeid.rpartition("::")[2]).removesuffix("[]")
+            name = re.sub(r"\[\d+-?", "[", report.nodeid.rpartition("::")[2]).removesuffix("[]")
             self.passed[name].append(report.passed)
 
 
