@@ -69,6 +69,7 @@ def main() -> int:
     lines = ["| planted | named |", "|---|---|"]
     for name, passed in repeat.passed.items():
         words = name.removeprefix("test_").replace("_", " ")
+        words = words.partition(" and ")[0]  # what advice gains is not asked here
         lines.append(f"| {words} | {sum(passed)} of {len(passed)} |")
     right, all_of_them = (sum(f(each) for each in repeat.passed.values()) for f in (sum, len))
     lines.append(f"| all | {right} of {all_of_them} |")
