@@ -52,11 +52,11 @@ def train(cfg: Config) -> dict[str, Any]:
             progress = checkpoint.restore(resume_from, module, optimizer, accelerator.scaler)
             accelerator.print(f"resumed from {resume_from}: epoch {progress.epoch}, step {progress.step}")
         experiment.write_config(cfg, accelerator)
+        mode = open_mode(cfg, train_set, family, teacher, accelerator)
+        mode.images_seen = progress.teacher_images
         if teacher and cfg.teacher.evaluate:
             found = evaluate(teacher, val_set, accelerator, cfg.eval, size=teacher.size)
             accelerator.print(f"teacher {teacher.name}: top-1 {found.top1:.2f} % on {cfg.data.val}")
-        mode = open_mode(cfg, train_set, family, teacher, accelerator)
-        mode.images_seen = progress.teacher_images
         metrics = MetricsWriter(cfg.run.dir / "metrics.jsonl", accelerator, resume_step=progress.step)
         guard = GuardedStep(module, optimizer, accelerator, limit=cfg.train.max_skipped)
         means, watch = RunningMeans(), Stopwatch(progress.seconds)
