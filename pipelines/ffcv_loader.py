@@ -5,8 +5,7 @@ The file is FFCV's, and so are its reader and the TurboJPEG it decodes with; the
 hands out views of a ring that it overwrites, returns a damaged JPEG as noise, and touches every GPU.
 
 Sets larger than memory: pages of the mapped file belong to the system's page cache, which gives them up
-when memory is short; what a batch needs is asked for some batches ahead, so that the threads do not wait for
-the storage. With `order: paged` an epoch reads a bounded window of the file at a time, the same window on
+when memory is short. With `order: paged` an epoch reads a bounded window of the file at a time, the same window on
 every rank, so that slow storage is read nearly in sequence and once a machine.
 """
 
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import mmap
 import threading
 from collections import deque
 from collections.abc import Generator, Mapping
@@ -31,7 +29,7 @@ from torch import Tensor
 
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
 from pipelines.beton import BetonLayout, import_ffcv, index_folder, read_layout
-from pipelines.files import map_file, will_need
+from pipelines.files import map_file
 from pipelines.index import DatasetIndex
 from pipelines.plan import Work
 
@@ -46,8 +44,7 @@ class FFCVLoader(Loader):
 
     def __init__(self, path: Path, layout: BetonLayout, index: DatasetIndex, options: LoaderOptions) -> None:
         self.index, self._layout, self._options = index, layout, options
-        self._map: mmap.mmap | None = map_file(path)
-        self._file = np.frombuffer(self._map, np.uint8)
+        self._file = np.frombuffer(map_file(path), np.uint8)
         self._labels = torch.from_numpy(index.labels)
         self._decoders = _Decoders(layout)
         self._threads = ThreadPoolExecutor(max(options.workers, 1), "ffcv")
@@ -93,11 +90,6 @@ class FFCVLoader(Loader):
     def _start(self, task: _Task, number: int) -> _Making:
         """Allocate batch `number` and give its rows to the threads."""
         rows = task.work.rows(number)
-        assert self._map is not None, "closed"
-        ids = task.work.ids[rows]
-        spans = (self._layout.pointers[ids].tolist(), self._layout.lengths[ids].tolist())
-        for start, length in zip(*spans, strict=True):
-            will_need(self._map, start, length)
         count, sizes = rows.stop - rows.start, [rendering.size for rendering in task.work.renderings]
         cuda = self._options.device.type == "cuda"
         # pinning belongs to the GPU that trains: torch would create a context on the first one
@@ -130,8 +122,7 @@ class FFCVLoader(Loader):
         super().close()
         self._threads.shutdown(cancel_futures=True)
         self._decoders.close()
-        self._file = np.empty(0, np.uint8)
-        self._map = None  # and with it the file
+        self._file = np.empty(0, np.uint8)  # lets go of the map, and with it of the file
 
 
 @dataclass(frozen=True)
