@@ -584,7 +584,7 @@ def test_ffcv_compiles_once_for_all(loader: Loader, case: Case) -> None:
 
     for seed, sizes in enumerate([(24,), (56,), (32, 48)]):
         list(loader.epoch(make_work(case, sizes, seed=seed, batch_size=5 + seed)))
-    assert len(render_samples.signatures) == 1
+    assert len(render_samples.overloads) == 1
 
 
 def test_an_unknown_backend_is_a_clear_error(tmp_path: Path) -> None:

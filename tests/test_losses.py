@@ -97,16 +97,17 @@ def test_dcd_is_the_papers_in_float64(form: str, kind: str, masked: bool) -> Non
 @pytest.mark.parametrize("tau", [2.718, 10.0, 40.0])
 @pytest.mark.parametrize("kind", ["random", "converged"])
 def test_tiled_is_as_exact_as_naive_in_float32(kind: str, tau: float) -> None:
-    """Within 3 times the naive loss's own error: each of loss, d z_s, d z_t and d tau, mean of 8 draws a size."""
+    """Within 3 times the naive loss's own error: each of loss, d z_s, d z_t and d tau, mean of many draws a size."""
     for n in SIZES:
         errors = {form: torch.zeros(4) for form in ("naive", "tiled")}
-        for seed in range(8):
+        draws = 8 if n > 8 else 100  # a few rows have a few roundings, which may all be lucky ones
+        for seed in range(draws):
             z_s, z_t = (z.float() for z in embeddings(n, kind, seed=seed))
             exact = evaluate(paper, z_s.double(), z_t.double(), torch.tensor(tau).double())
             for form in errors:
                 found = evaluate(lambda *z: fused.dcd(*z, form=form).loss, z_s, z_t, torch.tensor(tau))  # noqa: B023
                 pairs = zip(found, exact, strict=True)
-                errors[form] += torch.tensor([float((a - b).abs().max()) for a, b in pairs]) / 8
+                errors[form] += torch.tensor([float((a - b).abs().max()) for a, b in pairs]) / draws
         if n == 1:
             assert not errors["tiled"].any()
         assert (errors["tiled"] <= 3 * errors["naive"] + 1e-9).all(), (n, errors)

@@ -462,9 +462,10 @@ def test_a_report_of_runs_shows_every_curve(digits: Digits, tmp_path: Path) -> N
         mode = {"mode": "online" if weights_of_terms else "none"}
         train(digits.config(tmp_path / name, loss=weights_of_terms, teacher=mode, train={"epochs": 2}))
     with (tmp_path / "both" / "metrics.jsonl").open("a") as file:
-        file.write(
-            '{"kind": "train", "epoch": 2, "step": 25, "data_wait_ranks": [0.1, 0.4]}\n'
-        )  # as of two processes
+        for step in (25, 26):  # as of two processes
+            file.write(
+                json.dumps({"kind": "train", "epoch": 2, "step": step, "data_wait_ranks": [0.1, 0.4]}) + "\n"
+            )
         file.write('{"kind": "train", "epoch": 2, "st')  # a run that is writing right now
     page = tmp_path / "report.html"
     ran = run_program("tools/report.py", tmp_path / "plain", tmp_path / "both", "--html", page)
