@@ -57,6 +57,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="WORD", help="faults whose test has WORD in its name")
     parser.add_argument("--add", action="store_true", help="to what NAME has already: several short calls")
     arguments = parser.parse_args()
+    sys.path.append(str(TESTS.parent))  # processes that tests start run this file too, whose first lines hide it
     repeat = Repeat(arguments.times)
     chosen = "(named or healthy)" + (f" and {arguments.only}" if arguments.only else "")
     pytest.main([str(TESTS), "-k", chosen, "--timeout=0", "--tb=line"], plugins=[repeat])
