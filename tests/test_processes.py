@@ -384,6 +384,37 @@ def test_two_processes_by_accelerate_launch(small: tuple[Path, list[float]], tmp
     assert loss_lines(tmp_path / "run") == pytest.approx(small[1], rel=1e-5)
 
 
+UNFINISHED = """
+import torch
+from torch import distributed, nn
+from fastdcd import cli
+
+def main():
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    nn.parallel.DistributedDataParallel(nn.Linear(4, 4))(torch.ones(2, 4)).sum().backward()
+    for _ in range(1000):  # more than gloo's threads are done with when the program ends
+        distributed.all_reduce(torch.ones(3), async_op=True)
+    distributed.destroy_process_group()
+    print("all of main")
+    return 0
+
+cli.run(main)
+"""
+
+
+def test_a_program_that_is_done_does_not_abort(tmp_path: Path) -> None:
+    """Gloo's threads, left behind by DDP, abort a process whose interpreter goes down (pytorch#179291)."""
+    (tmp_path / "program.py").write_text(UNFINISHED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(free_port()), str(tmp_path / "program.py")]
+    ran = subprocess.run(
+        command, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=100
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("all of main") == 2
+
+
 def test_slurm_script(small: tuple[Path, list[float]], tmp_path: Path) -> None:
     """The script as it is, SLURM's own programs replaced: two processes on one node."""
     stubs = {"srun": 'shift; exec env SLURM_NODEID=0 "$@"', "scontrol": "echo 127.0.0.1"}
