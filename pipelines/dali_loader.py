@@ -1,7 +1,7 @@
 """The DALI executor: one pipeline for CPU and GPU, driven by the plan.
 
 Reads the shards of `tools/convert.py shards`, or an ImageFolder as it is. DALI decodes the part of an image that
-its boxes need, crops, resizes and mirrors. On a GPU, decoding is shared by the JPEG engine and CUDA kernels.
+its boxes need, crops, and resizes; a mirrored image is resized from right to left, which costs nothing. On a GPU, decoding is shared by the JPEG engine and CUDA kernels.
 
 What the JPEG decoders of CPU and GPU could see differently (CMYK, grayscale, PNG named .JPEG ...) is
 decoded here the way the torch executor does it and handed to DALI as plain pixels: all backends agree on
@@ -199,7 +199,7 @@ class DALILoader(Loader):
         ids = work.ids[rows]
         files = self._store.begin(ids, self._fetch)
         boxes = np.stack([rendering.boxes[rows] for rendering in work.renderings])  # [R, n, 4]
-        flips = np.stack([rendering.flips[rows] for rendering in work.renderings]).astype(np.int32)  # [R, n]
+        flips = np.stack([rendering.flips[rows] for rendering in work.renderings])  # [R, n]
         return _Pending(ids, files, _place(boxes, self.index.sizes[ids]), flips)
 
     def _fetch(self, ids: NDArray[np.int64]) -> Fetched:
@@ -268,12 +268,14 @@ class _Inputs:
     files: list[Encoded]
     errors: list[DecodeError]
     places: _Places
-    flips: NDArray[np.int32]  # [R, n]
+    flips: NDArray[np.bool_]  # [R, n]
 
     def arrays(self, exact: bool) -> list[Any]:
         """In the order of the pipeline's inputs."""
+        # [R, n, 2] the corner of a box, of its height and width, where resizing begins: a mirrored one's is its right
+        corners = np.stack([np.zeros_like(self.flips), self.flips], -1).astype(np.float32)
         boxes = [] if exact else [*self.places.box_start, *self.places.box_shape]
-        return [self.files, self.places.start, self.places.shape, *self.flips, *boxes]
+        return [self.files, self.places.start, self.places.shape, *corners, *(1 - corners), *boxes]
 
 
 @dataclass(frozen=True)
@@ -317,7 +319,7 @@ class _Pending:
         ids: NDArray[np.int64],
         files: list[Callable[[], Fetched]],
         places: _Places,
-        flips: NDArray[np.int32],
+        flips: NDArray[np.bool_],
     ) -> None:
         self._ids, self._files, self._places, self._flips = ids, files, places, flips
 
@@ -373,15 +375,12 @@ class _Pipeline:
         fn, types = self._dali.fn, self._dali.types
 
         renderings = len(self.shape.sizes)
-        numbers = 2 + (1 if self.shape.exact else 3) * renderings
+        boxes = [] if self.shape.exact else [types.INT32] * (2 * renderings)
+        dtypes = [types.UINT8, types.INT32, types.INT32, *[types.FLOAT] * (2 * renderings), *boxes]
         files, start, shape, *views = fn.external_source(
-            source=self._next,
-            num_outputs=1 + numbers,
-            batch=True,
-            no_copy=True,
-            dtype=[types.UINT8] + [types.INT32] * numbers,
+            source=self._next, num_outputs=len(dtypes), batch=True, no_copy=True, dtype=dtypes
         )
-        flips, box_starts, box_shapes = (views[renderings * k : renderings * (k + 1)] for k in range(3))
+        begins, ends, box_starts, box_shapes = (views[renderings * k : renderings * (k + 1)] for k in range(4))
         # jpeg_fancy_upsampling: chroma as the CPU decoders interpolate it
         decode = {"output_type": types.RGB, "adjust_orientation": False}
         if self._gpu:
@@ -401,8 +400,15 @@ class _Pipeline:
                     axis_names="HW",
                     out_of_bounds_policy="pad",
                 )
-            picture = fn.resize(box, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
-            yield fn.flip(picture, horizontal=flips[number])
+            yield fn.resize(
+                box,
+                size=[size, size],
+                roi_start=begins[number],
+                roi_end=ends[number],  # before its start: mirrored, without a pass of its own
+                roi_relative=True,
+                interp_type=types.INTERP_LINEAR,
+                antialias=True,
+            )
 
     def begin(self, batches: Iterator[_Inputs]) -> None:
         """Start an epoch."""
