@@ -168,7 +168,6 @@ class _Task:
             failed,
             decoder.pixels,
             decoder.tile,
-            decoder.total,
         )
         return failed
 
@@ -180,7 +179,6 @@ class _Decoder:
     handle: int
     pixels: NDArray[np.uint8]
     tile: NDArray[np.uint8]
-    total: NDArray[np.uint32]
 
 
 class _Decoders:
@@ -205,18 +203,13 @@ class _Decoders:
         """This thread's decoder, with scratch for renderings of up to `size` pixels."""
         decoder: _Decoder | None = getattr(self._local, "decoder", None)
         if decoder is None:
-            nothing = np.empty(0, np.uint8)
-            decoder = _Decoder(
-                self._library.tjInitDecompress(),
-                np.empty(self._bytes + 1, np.uint8),
-                nothing,
-                np.empty(0, np.uint32),
-            )
+            pixels, nothing = np.empty(self._bytes + 8, np.uint8), np.empty(0, np.uint8)
+            decoder = _Decoder(self._library.tjInitDecompress(), pixels, nothing)
             self._local.decoder = decoder
             self._all.append(decoder)
-        if len(decoder.total) < size * 3:
-            decoder.tile = np.empty(self._rows * size * 3 + 1, np.uint8)
-            decoder.total = np.empty(size * 3, np.uint32)
+        tile_bytes = (self._rows + 1) * size * 3 + 1
+        if len(decoder.tile) < tile_bytes:
+            decoder.tile = np.empty(tile_bytes, np.uint8)
         return decoder
 
     def close(self) -> None:

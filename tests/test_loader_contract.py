@@ -352,6 +352,44 @@ def test_pixels_are_those_of_the_torch_executor(case: Case, loader: Loader, fami
     assert len(differences) == PHOTOS and max(differences) <= limit, max(differences)
 
 
+@pytest.mark.parametrize("jpeg", [0.0, 1.0], ids=["raw", "jpeg"])
+def test_ffcv_renders_any_shape_bit_by_bit(tmp_path: Path, jpeg: float) -> None:
+    """Images of a few pixels, boxes that reach far outside them, outputs that no vector divides."""
+    need("ffcv")
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (*rng.integers(1, 50, 2), 3), dtype=np.uint8) for _ in range(200)]
+    sources = [
+        Source(name=f"{number}.png", label=0, data=encode_png(picture)) for number, picture in enumerate(pictures)
+    ]
+    storage = Storage(jpeg=jpeg)
+    records = [beton.encode_record(source, number, storage) for number, source in enumerate(sources)]
+    writer = beton.BetonWriter(tmp_path / "x.beton", capacity=len(records), storage=storage)
+    writer.append(records, sources=len(records))
+    writer.finish(["noise"])
+    if jpeg:
+        pictures = [np.array(Image.open(io.BytesIO(record.payload.tobytes()))) for record in records]
+    with open_loader("ffcv", tmp_path / "x.beton", LoaderOptions(workers=2)) as loader:
+        for size in (5, 16, 43, 67):
+            work = plan_of(loader).work((size,))
+            shapes = rng.integers(1, 70, (len(work.ids), 2))
+            corners = rng.integers(1 - shapes, loader.index.sizes[work.ids])  # some pixel is inside
+            boxes = np.concatenate([corners, shapes], 1).astype(np.int32)
+            rendering = replace(work.renderings[0], boxes=boxes)
+            for number, batch in enumerate(loader.epoch(replace(work, renderings=(rendering,)))):
+                for row, image in zip(
+                    range(*work.rows(number).indices(len(work.ids))), batch.images[0], strict=True
+                ):
+                    pixels = torch.from_numpy(pictures[work.ids[row]]).permute(2, 0, 1)
+                    expected = render(pixels, boxes[row], bool(rendering.flips[row]), size)
+                    assert torch.equal(image, expected), (pixels.shape, boxes[row], size)
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize("name", ["ffcv", "dali"])
 def test_a_missing_package_is_a_clear_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = {"ffcv": "ffcv", "dali": "nvidia.dali"}[name]
