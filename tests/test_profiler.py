@@ -1,5 +1,6 @@
 """The profiler: a fault that is planted is the one it names, its times add up, its pages open, its advice works."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -174,19 +175,32 @@ def test_a_large_teacher_is_named_and_caching_it_gains_what_was_promised(digits:
     check_gain(before, file, advice)
 
 
-def check_gain(before: dict[str, Any], file: Path, advice: dict[str, Any]) -> None:
-    """Applying the settings of an advice gives at least 80 % of the promised gain, in one of three turns: the
-    machine may be busy with something else while one of the two is measured."""
-    gains = []
+def enough(turn: Callable[[], tuple[float, float]]) -> None:
+    """At least 80 % of the promised gain, by the median of three turns: the machine may be busy with something else
+    during one. A turn returns what was gained and what was promised, times the rate."""
+    turns: list[tuple[float, float]] = []
     for _ in range(3):
+        turns.append(turn())
+        kept = sum(gained - 1 >= 0.8 * (promised - 1) for gained, promised in turns)
+        if kept == 2:
+            return
+        if len(turns) - kept == 2:
+            break
+    pytest.fail(f"times the rate, gained and promised: {turns}")
+
+
+def check_gain(before: dict[str, Any], file: Path, advice: dict[str, Any]) -> None:
+    """Applying the settings of an advice gives what was promised."""
+    profiles = iter([before])
+
+    def turn() -> tuple[float, float]:
+        now = next(profiles, None) or found(config.load(file))
         forget_accelerate()
         after = found(config.load(file, advice["settings"]))
-        gains.append(after["images_per_second"] / before["images_per_second"])
-        if gains[-1] - 1 >= 0.8 * (advice["gain"] - 1):
-            return
-        forget_accelerate()
-        before = found(config.load(file))
-    pytest.fail(f"{gains} times the rate, {advice['gain']} promised")
+        promises = [each["gain"] for each in now["verdict"]["advice"] if each["settings"] == advice["settings"]]
+        return after["images_per_second"] / now["images_per_second"], (promises or [advice["gain"]])[0]
+
+    enough(turn)
 
 
 def test_a_loss_over_many_rows_is_named_and_another_form_gains_what_was_promised(
@@ -215,7 +229,7 @@ def test_a_batch_that_is_too_small_is_named_and_a_larger_one_gains_what_was_prom
 
 
 def often_evaluated(digits: Digits, tmp_path: Path) -> Path:
-    data = {"backend": "synthetic", "train": "1024x10", "val": "8000x10"}
+    data = {"backend": "synthetic", "train": "2048x10", "val": "16000x10"}
     sections = {"data": data, "student": STUDENT, "teacher": NONE, "train": {"epochs": 10, "log_every": 50}}
     return digits.file(tmp_path / "often.yaml", **sections)
 
@@ -237,13 +251,13 @@ def test_evaluating_less_often_gains_what_was_promised(digits: Digits, tmp_path:
         forget_accelerate()
         return (run / "student.safetensors").stat().st_mtime - (run / "config.yaml").stat().st_mtime
 
-    gains = []
-    for turn in range(3):  # the machine may be busy with something else
-        gains.append(seconds(turn) / seconds(turn, *advice["settings"]))
-        # of the whole, since a run also writes checkpoints, which the promise does not count
-        if gains[-1] >= 0.8 * advice["gain"]:
-            return
-    pytest.fail(f"{gains} times as fast, {advice['gain']} promised")
+    turns = itertools.count()
+
+    def turn() -> tuple[float, float]:
+        number = next(turns)
+        return seconds(number) / seconds(number, *advice["settings"]), advice["gain"]
+
+    enough(turn)
 
 
 def profile_with_a_slow_rank(file: Path, out: Path) -> None:
