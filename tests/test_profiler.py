@@ -309,7 +309,10 @@ def test_projection_adds_what_the_ring_exposes(profile: dict[str, Any]) -> None:
     assert alone == pytest.approx(sum(each["mean"] for each in profile["stages"].values()))
     assert step_seconds(profile, 8, 1.0) > 1e3 * alone, "a byte a second cannot hide"
     one, eight = project(profile, gpus=(1, 8), bandwidth=1e15, price=2.0)
-    assert one["epoch_seconds"] / eight["epoch_seconds"] == pytest.approx(8, rel=1e-3)
+    # the largest of eight normal values exceeds their mean by 1.42 standard deviations
+    spread = (profile["step"]["quartile_75"] - profile["step"]["quartile_25"]) / 1.349
+    waiting = profile["gradient_copy_seconds"] + 1.42 * spread
+    assert one["epoch_seconds"] / eight["epoch_seconds"] == pytest.approx(8 / (1 + waiting / alone), rel=0.01)
     assert one["cost"] == pytest.approx(one["recipe_seconds"] / 3600 * 2)
 
 

@@ -115,6 +115,7 @@ def profile(
         _steps_together(bench, train, steps, share)
         stage("communication")
         communication = _communication(bench, synthetic_loader, synthetic, share)
+        gradient_copy = _gradient_copy(bench)
         stage("loader")
         loading = reading.stages(train, work, config, share)
         if loading:
@@ -159,6 +160,7 @@ def profile(
         "ceilings": ceilings,
         "cold": cold,
         "communication": communication,
+        "gradient_copy_seconds": gradient_copy,
         "evaluation": evaluation,
         "memory": memory,
         "alternatives": found,
@@ -378,6 +380,13 @@ def _trace(bench: Bench, loader: Loader, path: Path) -> None:
     if bench.accelerator.num_processes > 1:
         path = path.with_stem(f"{path.stem}-rank{bench.accelerator.process_index}")
     recorded.export_chrome_trace(str(path))
+
+
+def _gradient_copy(bench: Bench) -> float:
+    """Seconds of a pass over all gradients, as DDP makes it to fill its buckets: it divides them on the way."""
+    count = sum(each.numel() for each in bench.module.parameters() if each.requires_grad)
+    gradients, buckets = (torch.zeros(count, device=bench.accelerator.device) for _ in range(2))
+    return call_seconds(lambda: torch.mul(gradients, 0.5, out=buckets), bench.accelerator.device, 8)
 
 
 def _bytes(tensors: Any) -> int:

@@ -1,13 +1,15 @@
 """What a measured step would mean elsewhere: ImageNet's size, more GPUs, a price. A projection, not a measurement.
 
 The model: every process keeps its rows of a step and its own loader (as many cores and as much bandwidth each),
-so that only the gradients' all-reduce grows. A ring moves 2 (P - 1) / P times the gradients' bytes through each
-process; what is longer than the backward pass is exposed, and the last bucket (DDP's 25 MiB) always is. On a CPU all
-of it is: the cores that move gradients are those that compute them.
+so that only what P processes have to do for each other grows. A ring moves 2 (P - 1) / P times the gradients' bytes
+through each process; what is longer than the backward pass is exposed, and the last bucket (DDP's 25 MiB) always is. On
+a CPU all of it is: the cores that move gradients are those that compute them. DDP copies gradients into its buckets,
+and all wait for the slowest, whose step varies as those that were measured.
 """
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import Any
 
 IMAGENET, IMAGENET_VAL = 1_281_167, 50_000
@@ -25,7 +27,14 @@ def step_seconds(profile: dict[str, Any], processes: int, bandwidth: float) -> f
     ring = 2 * (processes - 1) / processes / bandwidth
     hidden = stages["backward"] if profile["about"]["device"] != "cpu" else 0.0
     exposed = max(ring * size - hidden, ring * min(size, LAST_BUCKET))
-    return float(alone + exposed)
+    return float(alone + exposed + profile["gradient_copy_seconds"] + _slowest(profile["step"], processes))
+
+
+def _slowest(step: dict[str, float], processes: int) -> float:
+    """By how much the slowest of so many steps is expected to exceed the middle one (Blom's score of the largest of P
+    normal values; the standard deviation from the quartiles)."""
+    score = NormalDist().inv_cdf((processes - 0.375) / (processes + 0.25))
+    return score * (step["quartile_75"] - step["quartile_25"]) / 1.349
 
 
 def project(
