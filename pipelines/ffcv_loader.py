@@ -5,14 +5,17 @@ The file is FFCV's, and so are its reader and the TurboJPEG it decodes with; the
 hands out views of a ring that it overwrites, returns a damaged JPEG as noise, and touches every GPU.
 
 Sets larger than memory: pages of the mapped file belong to the system's page cache, which gives them up
-when memory is short. With `order: paged` an epoch reads a bounded window of the file at a time, the same window on
-every rank, so that slow storage is read nearly in sequence and once a machine.
+when memory is short. The system then reads just the images of the batches in the making, asked for ahead: by itself
+it reads what is around a page too, up to megabytes that nobody wants yet. With `order: paged` an epoch reads a bounded
+window of the file at a time, the same window on every rank, so that slow storage is read nearly in sequence and once a
+machine.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import mmap
 import threading
 from collections import deque
 from collections.abc import Generator, Mapping
@@ -29,12 +32,13 @@ from torch import Tensor
 
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
 from pipelines.beton import BetonLayout, import_ffcv, index_folder, read_layout
-from pipelines.files import map_file
+from pipelines.files import map_file, memory_bytes, will_need
 from pipelines.index import DatasetIndex
 from pipelines.plan import Work
 
 AHEAD = 3  # batches in the making, besides the one in use; FFCV's batches_ahead
 CHUNK = 16  # rows a thread takes at a time
+SCARCE = 0.7  # of the memory: a larger file will not stay in it beside the processes
 
 
 class FFCVLoader(Loader):
@@ -44,7 +48,11 @@ class FFCVLoader(Loader):
 
     def __init__(self, path: Path, layout: BetonLayout, index: DatasetIndex, options: LoaderOptions) -> None:
         self.index, self._layout, self._options = index, layout, options
-        self._file = np.frombuffer(map_file(path), np.uint8)
+        self._map = map_file(path)
+        self._file = np.frombuffer(self._map, np.uint8)
+        self._scarce = len(self._map) > SCARCE * memory_bytes()
+        if self._scarce:
+            self._map.madvise(mmap.MADV_RANDOM)
         self._labels = torch.from_numpy(index.labels)
         self._decoders = _Decoders(layout)
         self._threads = ThreadPoolExecutor(max(options.workers, 1), "ffcv")
@@ -90,6 +98,9 @@ class FFCVLoader(Loader):
     def _start(self, task: _Task, number: int) -> _Making:
         """Allocate batch `number` and give its rows to the threads."""
         rows = task.work.rows(number)
+        if self._scarce:
+            for sample_id in task.work.ids[rows].tolist():
+                will_need(self._map, int(self._layout.pointers[sample_id]), int(self._layout.lengths[sample_id]))
         count, sizes = rows.stop - rows.start, [rendering.size for rendering in task.work.renderings]
         cuda = self._options.device.type == "cuda"
         # pinning belongs to the GPU that trains: torch would create a context on the first one

@@ -59,6 +59,20 @@ def map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
+def memory_bytes() -> int:
+    """What this process may keep in memory, of its own and of the page cache: the machine's memory, or its cgroup's
+    limit (versions 1 and 2)."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            for file in (f"memory{name}/memory.limit_in_bytes", f"{name.lstrip('/')}/memory.max"):
+                if controllers in ("memory", ""):
+                    with suppress(OSError, ValueError):  # another version's; "max"
+                        limits.append(int(Path("/sys/fs/cgroup", file).read_text()))
+    return min(limits)
+
+
 def will_need(file: mmap.mmap, start: int, length: int) -> None:
     """Let the kernel read a part of a mapped file in the background: a microsecond, and no waiting for storage."""
     page = start - start % mmap.PAGESIZE

@@ -24,7 +24,7 @@ from conftest import absent
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from pipelines import beton, shards
+from pipelines import beton, ffcv_loader, shards
 from pipelines.base import BACKENDS, Batch, DecodeError, Loader, LoaderOptions, open_loader
 from pipelines.encode import Source, Storage
 from pipelines.index import DatasetIndex
@@ -350,6 +350,19 @@ def test_pixels_are_those_of_the_torch_executor(case: Case, loader: Loader, fami
             differences.append((image.int() - expected.int()).abs().float().mean().item())
     limit = {"torch": 0.0, "ffcv": 0.0, "dali": 0.3, "resident": 0.3}[case.backend]
     assert len(differences) == PHOTOS and max(differences) <= limit, max(differences)
+
+
+def test_ffcv_from_a_file_larger_than_memory(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pages are then asked for image by image: the same bytes."""
+    case = ffcv_case(photos, tmp_path, jpeg=1.0)
+    pictures = []
+    for memory in (1, 1 << 50):
+        monkeypatch.setattr(ffcv_loader, "memory_bytes", lambda memory=memory: memory)
+        with case.open() as loader:
+            pictures.append(torch.cat([batch.images[0] for batch in loader.epoch(make_work(case, (64,)))]))
+    assert torch.equal(*pictures)
 
 
 @pytest.mark.parametrize("jpeg", [0.0, 1.0], ids=["raw", "jpeg"])
