@@ -2,7 +2,8 @@
 
 A plain step and one of each teacher take turns (step_time.py). The cache has all its rows, 1.28 million, and they
 are read in the order of training; features are random, so that no teacher need look at as many images. The images
-are noise, made once: what is timed is the step and the cache, not a decoder.
+are noise, made once: what is timed is the step and the cache, not a decoder. All is built anew three times, since two
+builds of the same student differ by a percent or two in speed, whatever they are taught by.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import record
-from benchmarks.step_time import VARIANTS, compare, in_turns, steps_of
+from benchmarks.step_time import VARIANTS, Times, compare, in_turns, steps_of
 from fastdcd import cli, config, experiment, filling, models, weights
 from fastdcd.cache import TeacherCache
 
@@ -34,7 +35,10 @@ def main() -> int:
     parser.add_argument("--teachers", nargs="+", default=["torchvision:resnet34", "torchvision:resnet50"])
     parser.add_argument("--rows", type=int, default=1_281_167)
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=40, metavar="N", help="timed steps of each (default 40)")
+    parser.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="timed steps of each build (default 20)"
+    )
+    parser.add_argument("--builds", type=int, default=3, metavar="N", help="of everything (default 3)")
     parser.add_argument("--folder", type=Path, required=True, help="caches; used again if they are there")
     parser.add_argument("--name", required=True, help="results are written to benchmarks/results/NAME")
     arguments = parser.parse_args()
@@ -48,14 +52,16 @@ def main() -> int:
     results: list[dict[str, Any]] = []
     seconds_to_verify = {teacher: timed_verify(cache) for teacher, cache in caches.items()}
     for state in ("warm", "cold"):
-        variants = {PLAIN: steps_of(plain, accelerator)}
-        in_memory = {}
-        for teacher, cache in caches.items():
-            if state == "cold":
-                drop(cache)
-            in_memory[teacher] = share_in_memory(cache)
-            variants[teacher] = steps_of(configs[teacher], accelerator)
-        times = in_turns(variants, arguments.steps)
+        times: dict[str, list[Times]] = {}
+        for _ in range(arguments.builds):
+            variants = {PLAIN: steps_of(plain, accelerator)}
+            in_memory = {}
+            for teacher, cache in caches.items():
+                drop(cache) if state == "cold" else cache.verify(0)
+                in_memory[teacher] = share_in_memory(cache)
+                variants[teacher] = steps_of(configs[teacher], accelerator)
+            for name, taken in in_turns(variants, arguments.steps).items():
+                times.setdefault(name, []).extend(taken)
         for teacher, cache in caches.items():
             about = {"teacher": teacher, "features": cache.manifest.dim, "page_cache": state}
             found = compare(times[teacher], times[PLAIN])
