@@ -48,11 +48,11 @@ class FFCVLoader(Loader):
 
     def __init__(self, path: Path, layout: BetonLayout, index: DatasetIndex, options: LoaderOptions) -> None:
         self.index, self._layout, self._options = index, layout, options
-        self._map = map_file(path)
-        self._file = np.frombuffer(self._map, np.uint8)
-        self._scarce = len(self._map) > SCARCE * memory_bytes()
+        mapped = map_file(path)
+        self._file = np.frombuffer(mapped, np.uint8)
+        self._scarce = mapped if len(mapped) > SCARCE * memory_bytes() else None  # to be read image by image
         if self._scarce:
-            self._map.madvise(mmap.MADV_RANDOM)
+            self._scarce.madvise(mmap.MADV_RANDOM)
         self._labels = torch.from_numpy(index.labels)
         self._decoders = _Decoders(layout)
         self._threads = ThreadPoolExecutor(max(options.workers, 1), "ffcv")
@@ -100,7 +100,9 @@ class FFCVLoader(Loader):
         rows = task.work.rows(number)
         if self._scarce:
             for sample_id in task.work.ids[rows].tolist():
-                will_need(self._map, int(self._layout.pointers[sample_id]), int(self._layout.lengths[sample_id]))
+                will_need(
+                    self._scarce, int(self._layout.pointers[sample_id]), int(self._layout.lengths[sample_id])
+                )
         count, sizes = rows.stop - rows.start, [rendering.size for rendering in task.work.renderings]
         cuda = self._options.device.type == "cuda"
         # pinning belongs to the GPU that trains: torch would create a context on the first one
@@ -133,7 +135,7 @@ class FFCVLoader(Loader):
         super().close()
         self._threads.shutdown(cancel_futures=True)
         self._decoders.close()
-        self._file = np.empty(0, np.uint8)  # lets go of the map, and with it of the file
+        self._file, self._scarce = np.empty(0, np.uint8), None  # lets go of the map, and with it of the file
 
 
 @dataclass(frozen=True)
