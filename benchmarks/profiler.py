@@ -16,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import fr
 from benchmarks import record
 from fastdcd import cli, config
 from fastdcd.profiler import measure
-from fastdcd.profiler.table import apart
+from fastdcd.profiler.table import apart, overlap
 from fastdcd.profiler.verdict import verdict
 
 
@@ -34,11 +34,7 @@ def main() -> int:
         sum(each["mean"] for each in profile["stages"].values()) / profile["step"]["mean"] for profile in profiles
     ]
     pairs = list(combinations(profiles, 2))
-    overlap = sum(
-        a["step"]["quartile_25"] <= b["step"]["quartile_75"]
-        and b["step"]["quartile_25"] <= a["step"]["quartile_75"]
-        for a, b in pairs
-    )
+    overlapping = sum(overlap(a["step"], b["step"]) for a, b in pairs)
     agree = sum(not apart(a["step"], b["step"]) for a, b in pairs)
     medians = [profile["step"]["median"] for profile in profiles]
     stages = [(a["stages"][name], b["stages"][name]) for a, b in pairs for name in a["stages"]]
@@ -49,7 +45,7 @@ def main() -> int:
         "|---|---|",
         f"| marked over unmarked steps, less 1 | {record.text(record.spread(overhead))} |",
         f"| stages added up over the step | {record.text(record.spread(sums))} |",
-        f"| pairs of profiles whose steps' quartiles overlap | {overlap} of {len(pairs)} |",
+        f"| pairs of profiles whose steps' quartiles overlap | {overlapping} of {len(pairs)} |",
         f"| slowest over fastest median step | {max(medians) / min(medians):.3f} |",
         f"| pairs of steps that --compare calls within the spread | {agree} of {len(pairs)} |",
         f"| pairs of stages that it does | {stages_agree} of {len(stages)} |",

@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,14 @@ def main() -> int:
     accelerator = experiment.make_accelerator(plain)
     results: list[dict[str, Any]] = []
     seconds_to_verify = {teacher: timed_verify(cache) for teacher, cache in caches.items()}
-    for state in ("warm", "cold"):
+    prepare: dict[str, Callable[[TeacherCache], object]] = {"warm": lambda cache: cache.verify(0), "cold": drop}
+    for state in prepare:
         times: dict[str, list[Times]] = {}
         for _ in range(arguments.builds):
             variants = {PLAIN: steps_of(plain, accelerator)}
             in_memory = {}
             for teacher, cache in caches.items():
-                drop(cache) if state == "cold" else cache.verify(0)
+                prepare[state](cache)
                 in_memory[teacher] = share_in_memory(cache)
                 variants[teacher] = steps_of(configs[teacher], accelerator)
             for name, taken in in_turns(variants, arguments.steps).items():

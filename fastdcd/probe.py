@@ -47,8 +47,10 @@ class Features(NamedTuple):
 def settings(checkpoint: Path, overrides: Sequence[str]) -> Probe:
     """The protocol for a checkpoint; which network it is says the config.yaml of its run, beside it.
 
-    Raises ValueError if nothing says which network it is, or for overrides that do not fit.
+    Raises ValueError if there is no such file, nothing says which network it is, or overrides do not fit.
     """
+    if not checkpoint.is_file():
+        raise ValueError(f"{checkpoint}: no such file")
     tree = deepcopy(PROTOCOL)
     beside = checkpoint.parent / "config.yaml"
     if beside.is_file():

@@ -1,7 +1,8 @@
 """The DALI executor: one pipeline for CPU and GPU, driven by the plan.
 
 Reads the shards of `tools/convert.py shards`, or an ImageFolder as it is. DALI decodes the part of an image that
-its boxes need, crops, and resizes; a mirrored image is resized from right to left, which costs nothing. On a GPU, decoding is shared by the JPEG engine and CUDA kernels.
+its boxes need, crops, and resizes; a mirrored image is resized from right to left, which costs nothing. On a GPU,
+decoding is shared by the JPEG engine and CUDA kernels.
 
 What the JPEG decoders of CPU and GPU could see differently (CMYK, grayscale, PNG named .JPEG ...) is
 decoded here the way the torch executor does it and handed to DALI as plain pixels: all backends agree on
@@ -272,7 +273,7 @@ class _Inputs:
 
     def arrays(self, exact: bool) -> list[Any]:
         """In the order of the pipeline's inputs."""
-        # [R, n, 2] the corner of a box, of its height and width, where resizing begins: a mirrored one's is its right
+        # [R, n, 2] where in a box resizing begins, as shares of its height and width: if mirrored, at its right
         corners = np.stack([np.zeros_like(self.flips), self.flips], -1).astype(np.float32)
         boxes = [] if exact else [*self.places.box_start, *self.places.box_shape]
         return [self.files, self.places.start, self.places.shape, *corners, *(1 - corners), *boxes]

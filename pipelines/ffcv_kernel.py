@@ -321,7 +321,7 @@ def render_samples(  # type: ignore[no-untyped-def]
     Args:
         decompress: address of tjDecompress2.
         handle: TurboJPEG decompressor of this thread.
-        file: the .beton, uint8 [bytes].
+        file: the .beton, uint8 [bytes]. Up to five bytes beyond a raw image are read: FFCV's tables come last in it.
         pointers, lengths: int64 [n], each image in the file.
         stored: int32 [n, 2], heights and widths.
         raw: bool [n], raw pixels rather than JPEG.

@@ -99,10 +99,10 @@ class FFCVLoader(Loader):
         """Allocate batch `number` and give its rows to the threads."""
         rows = task.work.rows(number)
         if self._scarce:
-            for sample_id in task.work.ids[rows].tolist():
-                will_need(
-                    self._scarce, int(self._layout.pointers[sample_id]), int(self._layout.lengths[sample_id])
-                )
+            ids = task.work.ids[rows]
+            pointers, lengths = self._layout.pointers[ids], self._layout.lengths[ids]
+            for pointer, length in zip(pointers.tolist(), lengths.tolist(), strict=True):
+                will_need(self._scarce, pointer, length)
         count, sizes = rows.stop - rows.start, [rendering.size for rendering in task.work.renderings]
         cuda = self._options.device.type == "cuda"
         # pinning belongs to the GPU that trains: torch would create a context on the first one

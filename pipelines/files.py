@@ -60,16 +60,20 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def memory_bytes() -> int:
-    """What this process may keep in memory, of its own and of the page cache: the machine's memory, or its cgroup's
-    limit (versions 1 and 2)."""
+    """What this process may keep in memory, of its own and of the page cache: the machine's memory, or the limit of
+    one of its cgroups (versions 1 and 2), if that is less."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, name = line.split(":", 2)
-            for file in (f"memory{name}/memory.limit_in_bytes", f"{name.lstrip('/')}/memory.max"):
-                if controllers in ("memory", ""):
-                    with suppress(OSError, ValueError):  # another version's; "max"
-                        limits.append(int(Path("/sys/fs/cgroup", file).read_text()))
+    files = {"memory": "memory/{}/memory.limit_in_bytes", "": "{}/memory.max"}  # by controllers: version 1, 2
+    own = Path("/proc/self/cgroup")
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        _, controllers, name = line.split(":", 2)
+        if controllers in files:
+            # a limit may be an ancestor's, and in a container the root is all there is
+            for group in (Path(name), *Path(name).parents):
+                with suppress(OSError, ValueError):  # not there; "max"
+                    limits.append(
+                        int(Path("/sys/fs/cgroup", files[controllers].format(str(group)[1:])).read_text())
+                    )
     return min(limits)
 
 

@@ -71,7 +71,7 @@ def snapshot(out: Path) -> dict[str, bytes]:
 
 
 def bytes_so_far(out: Path) -> int:
-    """What `snapshot` would hold, of a conversion that goes on: files may be renamed while they are listed."""
+    """Of all files beside `out`, while a conversion goes on: they may be renamed while they are listed."""
     total = 0
     for path in out.parent.rglob("*"):
         with contextlib.suppress(FileNotFoundError):

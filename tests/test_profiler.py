@@ -195,7 +195,6 @@ def check_gain(before: dict[str, Any], file: Path, advice: dict[str, Any]) -> No
 
     def turn() -> tuple[float, float]:
         now = next(profiles, None) or found(config.load(file))
-        forget_accelerate()
         after = found(config.load(file, advice["settings"]))
         promises = [each["gain"] for each in now["verdict"]["advice"] if each["settings"] == advice["settings"]]
         return after["images_per_second"] / now["images_per_second"], (promises or [advice["gain"]])[0]

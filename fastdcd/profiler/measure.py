@@ -241,17 +241,28 @@ def _communication(
     if accelerator.num_processes == 1:
         return None
     silent = _measure(bench, loader, seconds, communicate=False)
-    count = sum(each.numel() for each in bench.module.parameters() if each.requires_grad)
-    gradient = torch.zeros(count, device=accelerator.device)
+    gradient = _gradient(bench)
     alone = call_seconds(lambda: dist.all_reduce(gradient), accelerator.device, 8)
     processes = accelerator.num_processes
     return {
-        "bytes": 4 * count,
+        "bytes": gradient.nbytes,
         "all_reduce_alone_seconds": alone,
-        "bytes_per_second": 2 * (processes - 1) / processes * 4 * count / alone,
+        "bytes_per_second": 2 * (processes - 1) / processes * gradient.nbytes / alone,
         "backward_seconds": silent["stages"]["backward"]["mean"],
         "exposed_seconds": synced["stages"]["backward"]["mean"] - silent["stages"]["backward"]["mean"],
     }
+
+
+def _gradient(bench: Bench) -> Tensor:
+    """As large as all gradients: zeros [numbers], float32."""
+    count = sum(each.numel() for each in bench.module.parameters() if each.requires_grad)
+    return torch.zeros(count, device=bench.accelerator.device)
+
+
+def _gradient_copy(bench: Bench) -> float:
+    """Seconds of a pass over all gradients, as DDP makes it to fill its buckets: it divides them on the way."""
+    gradient, bucket = _gradient(bench), _gradient(bench)
+    return call_seconds(lambda: torch.mul(gradient, 0.5, out=bucket), bench.accelerator.device, 8)
 
 
 def _split_backward(
@@ -380,13 +391,6 @@ def _trace(bench: Bench, loader: Loader, path: Path) -> None:
     if bench.accelerator.num_processes > 1:
         path = path.with_stem(f"{path.stem}-rank{bench.accelerator.process_index}")
     recorded.export_chrome_trace(str(path))
-
-
-def _gradient_copy(bench: Bench) -> float:
-    """Seconds of a pass over all gradients, as DDP makes it to fill its buckets: it divides them on the way."""
-    count = sum(each.numel() for each in bench.module.parameters() if each.requires_grad)
-    gradients, buckets = (torch.zeros(count, device=bench.accelerator.device) for _ in range(2))
-    return call_seconds(lambda: torch.mul(gradients, 0.5, out=buckets), bench.accelerator.device, 8)
 
 
 def _bytes(tensors: Any) -> int:

@@ -65,7 +65,12 @@ def page(profile: dict[str, Any]) -> str:
                 pages.card("Waiting for data", _waits(waits), note=_WAITS, name="waits"),
                 pages.card("Ceilings", _ceilings(profile), note=_CEILINGS, name="ceilings"),
                 pages.card("Memory", _memory(profile["memory"]), name="memory"),
-                pages.card("Beside the steps", _beside(profile), note=_BESIDE, name="beside"),
+                pages.card(
+                    "Beside the steps",
+                    _beside(profile),
+                    note=_BESIDE if profile["cold"]["read_seconds_an_image"] else "",
+                    name="beside",
+                ),
             ]
         ),
         pages.card(
@@ -84,8 +89,8 @@ _CEILINGS = (
 _BESIDE = "The cold read is after the system was asked to forget the files; a first epoch may have to read so."
 _RANKS = "All take as long: what one has less of its own work, it waits for the others (all-reduce)."
 _PROJECTION = (
-    "A model, not a measurement: this step on every device with a loader of its own, and a ring all-reduce that hides "
-    "behind the backward pass."
+    "A model, not a measurement: this step on every device with a loader of its own, a ring all-reduce (on GPUs behind "
+    "the backward pass as far as it fits), a copy of the gradients, and the wait for the slowest."
 )
 
 

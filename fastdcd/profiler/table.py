@@ -7,9 +7,7 @@ from typing import Any
 from fastdcd.profiler.verdict import evaluation_share
 
 Profile = dict[str, Any]
-STARTS = (
-    0.09  # what two starts on shared cores differ by, which neither can see: benchmarks/results/profiler-cpu.md
-)
+STARTS = 0.09  # what two starts on shared cores can differ by, which neither can see: docs/log.md
 
 
 def table(profile: Profile) -> str:
@@ -85,7 +83,12 @@ def apart(a: dict[str, float], b: dict[str, float]) -> bool:
     """Whether two spreads (medians with quartiles) do not overlap, and differ by more than two starts of the same
     program do."""
     between = abs(a["median"] - b["median"]) > STARTS * max(a["median"], b["median"])
-    return between and (a["quartile_75"] < b["quartile_25"] or b["quartile_75"] < a["quartile_25"])
+    return between and not overlap(a, b)
+
+
+def overlap(a: dict[str, float], b: dict[str, float]) -> bool:
+    """Whether the quartiles of two spreads do."""
+    return a["quartile_25"] <= b["quartile_75"] and b["quartile_25"] <= a["quartile_75"]
 
 
 def duration(seconds: float) -> str:
