@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from benchmarks import record, training
 from benchmarks.training import append, lines
-from fastdcd import cli, config, filling
+from fastdcd import cli, config, config_file
+from fastdcd.cache import fill as filling
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -54,7 +55,7 @@ def main() -> int:
         prog="accuracy_time.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="+", choices=PARTS, help="what to do, in this order")
-    config.add_arguments(parser)
+    config_file.add_arguments(parser)
     parser.add_argument("--epochs", type=int, nargs="+", default=[2, 4, 8, 16], help="lengths of the recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=5, help="turns of every variant in `time`")
@@ -97,7 +98,7 @@ def recipe(epochs: int) -> list[str]:
 
 def load(arguments: argparse.Namespace, settings: list[str], run: str = "run") -> config.Config:
     folder = f"run.dir={arguments.folder / run}"
-    return config.load(arguments.config, [*training.QUIET, folder, *settings, *arguments.set])
+    return config_file.load(arguments.config, [*training.QUIET, folder, *settings, *arguments.set])
 
 
 # ---- timing

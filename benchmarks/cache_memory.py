@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks import record
 from fastdcd import cli
-from fastdcd.cache import Manifest, TeacherCache
+from fastdcd.cache.store import Manifest, TeacherCache
 from pipelines.plan import order
 
 

@@ -30,9 +30,11 @@ import psutil  # type: ignore[import-untyped]
 from benchmarks import record
 from benchmarks.loaders import prepare
 from fastdcd import cli
-from pipelines import beton, conversion, shards
-from pipelines.encode import Storage
-from pipelines.sources import open_sources
+from pipelines.conversion import beton_writer, shard_writer
+from pipelines.conversion.encode import Storage
+from pipelines.conversion.job import Job, to_beton, to_shards
+from pipelines.conversion.sources import open_sources
+from pipelines.formats import beton
 
 WORKERS = 2
 SIDES = (500, 400, 256)  # longest side of a stored image, pixels
@@ -41,11 +43,11 @@ STORAGE = Storage(max_size=500, quality=90, jpeg=0.5)
 
 def ours(kind: str, root: Path, out: Path) -> None:
     """What tools/convert.py does, listing the source included."""
-    job = conversion.Job(sources=open_sources(root), out=out, workers=WORKERS)
+    job = Job(sources=open_sources(root), out=out, workers=WORKERS)
     if kind == "ffcv":
-        conversion.to_beton(job, STORAGE)
+        to_beton(job, STORAGE)
     else:
-        conversion.to_shards(job, Storage(max_size=STORAGE.max_size, quality=STORAGE.quality))
+        to_shards(job, Storage(max_size=STORAGE.max_size, quality=STORAGE.quality))
 
 
 def ffcv_writer(root: Path, out: Path) -> None:
@@ -95,10 +97,10 @@ def bytes_an_image(source: Path) -> dict[str, dict[int, float]]:
         for position in range(len(sources)):
             sample = sources[position]
             for name, share in (("ffcv, half raw", 0.5), ("ffcv, JPEG", 1.0)):
-                record_ = beton.encode_record(sample, position, Storage(max_size=side, jpeg=share))
+                record_ = beton_writer.encode_record(sample, position, Storage(max_size=side, jpeg=share))
                 sizes[name].append(len(record_.payload))
             # three members of a tar, each with a header and filled up to 512 bytes
-            data = shards.encode_record(sample, position, Storage(max_size=side)).data
+            data = shard_writer.encode_record(sample, position, Storage(max_size=side)).data
             sizes["shards"].append(len(data) + -len(data) % 512 + 512 * 5)
         for name, values in sizes.items():
             found[name][side] = sum(values) / len(values)

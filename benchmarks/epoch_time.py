@@ -23,10 +23,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import fr
 from tqdm import tqdm
 
 from benchmarks import loaders, record, training
-from fastdcd import cli, config, filling, models, weights
-from pipelines import conversion
-from pipelines.encode import Storage
-from pipelines.sources import open_sources
+from fastdcd import cli, config, config_file, models, weights
+from fastdcd.cache import fill as filling
+from pipelines.conversion.encode import Storage
+from pipelines.conversion.job import Job, to_beton, to_shards
+from pipelines.conversion.sources import open_sources
 
 TEACHERS = {
     "no teacher": ["teacher.mode=none", "loss.kd=0", "loss.dcd=0"],
@@ -40,7 +41,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="epoch_time.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    config.add_arguments(parser)
+    config_file.add_arguments(parser)
     parser.add_argument("--source", type=Path, required=True, help="class folders of real photographs")
     parser.add_argument("--images", type=int, default=12_800, help="of an epoch")
     parser.add_argument("--backends", nargs="+", default=["dali", "ffcv"], choices=["dali", "ffcv", "torch"])
@@ -66,12 +67,12 @@ def prepare(arguments: argparse.Namespace, scratch: Path) -> dict[tuple[str, str
     paths = {"torch": root, "dali": scratch / "shards", "ffcv": scratch / "400.beton"}
     paths[CEILING] = Path(f"{arguments.images}x{len(sources.classes)}")
     if "dali" in arguments.backends:
-        job = conversion.Job(sources=sources, out=paths["dali"], workers=arguments.workers)
-        conversion.to_shards(job, Storage())
+        job = Job(sources=sources, out=paths["dali"], workers=arguments.workers)
+        to_shards(job, Storage())
     if "ffcv" in arguments.backends:
-        job = conversion.Job(sources=sources, out=paths["ffcv"], workers=arguments.workers)
-        conversion.to_beton(job, Storage(max_size=400))
-    base = config.load(arguments.config, arguments.set)
+        job = Job(sources=sources, out=paths["ffcv"], workers=arguments.workers)
+        to_beton(job, Storage(max_size=400))
+    base = config_file.load(arguments.config, arguments.set)
     ((teacher, _),) = base.teacher.members
     checkpoint = scratch / "teacher.safetensors"
     weights.save(checkpoint, models.build(teacher, classes=len(sources.classes)).original_state_dict())
@@ -89,7 +90,7 @@ def prepare(arguments: argparse.Namespace, scratch: Path) -> dict[tuple[str, str
             *arguments.set,
         ]
         for name, settings in TEACHERS.items():
-            cfg = runs[backend, name] = config.load(arguments.config, [*common, *settings])
+            cfg = runs[backend, name] = config_file.load(arguments.config, [*common, *settings])
             if cfg.teacher.mode == "cached":
                 training.forget_accelerate()
                 with (parts := filling.open_parts(cfg)).loader:

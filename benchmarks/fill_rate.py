@@ -18,13 +18,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import fr
 import torch
 
 from benchmarks import record
-from fastdcd import cli, config, filling, models, weights
+from fastdcd import cli, config, config_file, experiment, models, weights
+from fastdcd.cache import fill as filling
 from pipelines.views import Center
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="fill_rate.py", description=(__doc__ or "").splitlines()[0])
-    config.add_arguments(parser)
+    config_file.add_arguments(parser)
     parser.add_argument("--views", type=int, nargs="*", default=[2, 4, 8])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--name", required=True, help="results are written to benchmarks/results/NAME")
@@ -48,9 +49,9 @@ def main() -> int:
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     checkpoint, cache = scratch / "teacher.safetensors", scratch / "cache"
     given = [*arguments.set, "teacher.mode=cached", f"teacher.checkpoint={checkpoint}", f"cache.path={cache}"]
-    base = config.load(arguments.config, given)
+    base = config_file.load(arguments.config, given)
     ((model, _),) = base.teacher.members
-    with filling.experiment.open_set(base.data, base.data.train, torch.device("cpu"), "data.train") as loader:
+    with experiment.open_set(base.data, base.data.train, torch.device("cpu"), "data.train") as loader:
         classes = len(loader.index.classes)
     weights.save(checkpoint, models.build(model, classes=classes).original_state_dict())
 
@@ -61,9 +62,9 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         for count in (1, *arguments.views):
             for passes in {count, 1}:  # a pass for each view, or one for all
                 each = [*given, f"views.count={count}", f"cache.views_a_pass={count // passes}"]
-                seconds[count, passes] = fill(config.load(arguments.config, each))
+                seconds[count, passes] = fill(config_file.load(arguments.config, each))
                 shutil.rmtree(cache)
-        alone = bare(config.load(arguments.config, [*given, "views.count=1"]))
+        alone = bare(config_file.load(arguments.config, [*given, "views.count=1"]))
         if turn:  # the first warms up
             fractions.append(alone / seconds[1, 1])
             for count in ratios:
@@ -86,7 +87,7 @@ def bare(cfg: config.Config) -> float:
     """Seconds of the teacher alone over as many batches, all of them the same decoded one."""
     with (parts := filling.open_parts(cfg)).loader:
         index, teacher = parts.loader.index, parts.teacher
-        plan = filling.experiment.epoch_plan(cfg, parts.loader, Center(), 0)
+        plan = experiment.epoch_plan(cfg, parts.loader, Center(), 0)
         batch = next(parts.loader.epoch(plan.work((teacher.size,))))
         images = batch.images[0].to(parts.accelerator.device)
         begin = time.perf_counter()

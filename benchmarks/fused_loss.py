@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import record
-from fastdcd import fused
+from fastdcd.losses import dcd
 
 DIMENSIONS = 128
 FORMS = {"cpu": ["naive", "compiled", "tiled", "auto"], "cuda": ["naive", "compiled", "tiled", "triton", "auto"]}
@@ -44,7 +44,7 @@ def step(form: str, values: tuple[Tensor, Tensor, Tensor], device: str) -> float
     for each in values:
         each.grad = None
     begin = time.perf_counter()
-    fused.dcd(*values, form=form).loss.backward()
+    dcd.dcd(*values, form=form).loss.backward()
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - begin
@@ -159,7 +159,7 @@ def main() -> int:
                 "greatest_ms": 1e3 * max(each),
                 "runs": len(each),
                 "peak_bytes": child(arguments, "--memory-of", form, "--rows", rows),
-                "form": fused.fastest(arguments.device, rows) if form == "auto" else form,
+                "form": dcd.fastest(arguments.device, rows) if form == "auto" else form,
             }
             for form, each in seconds.items()
         }

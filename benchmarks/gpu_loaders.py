@@ -32,12 +32,12 @@ from tqdm import tqdm
 
 from benchmarks import loaders, record
 from fastdcd import cli
-from pipelines import conversion
 from pipelines.base import LoaderOptions, open_loader
-from pipelines.encode import Storage
+from pipelines.conversion.encode import Storage
+from pipelines.conversion.job import Job, to_beton, to_shards
+from pipelines.conversion.sources import open_sources
 from pipelines.plan import EpochPlan, Work, order
 from pipelines.prefetch import prefetch
-from pipelines.sources import open_sources
 from pipelines.views import RandomResizedCrop
 
 Epoch = Callable[[], int]  # brings all images to the device; how many they were
@@ -88,10 +88,8 @@ def variants(
     root = loaders.prepare(arguments.source, scratch, arguments.images)
     sources = open_sources(root)
     shards, beton = scratch / "shards", scratch / "400.beton"
-    conversion.to_shards(conversion.Job(sources=sources, out=shards, workers=arguments.workers), Storage())
-    conversion.to_beton(
-        conversion.Job(sources=sources, out=beton, workers=arguments.workers), Storage(max_size=400)
-    )
+    to_shards(Job(sources=sources, out=shards, workers=arguments.workers), Storage())
+    to_beton(Job(sources=sources, out=beton, workers=arguments.workers), Storage(max_size=400))
 
     def ours(backend: str, path: Path, size: int, share: float = 0.0) -> Callable[[], Epoch]:
         options = LoaderOptions(workers=arguments.workers, device=device, hw_decoder_load=share)

@@ -26,12 +26,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import fr
 
 import torch
 
-from pipelines import conversion
 from pipelines.base import LoaderOptions, open_loader
-from pipelines.encode import Storage
+from pipelines.conversion.encode import Storage
+from pipelines.conversion.job import Job, to_beton, to_shards
+from pipelines.conversion.sources import open_sources
 from pipelines.files import write_json
 from pipelines.plan import EpochPlan, order
-from pipelines.sources import open_sources
 from pipelines.views import RandomResizedCrop
 
 SIZE, BATCH, WORKERS = 224, 64, 2
@@ -146,8 +146,8 @@ def variants(root: Path, scratch: Path, exits: ExitStack, only: list[str]) -> It
     """Name and epoch of every variant; the stock one before ours."""
     sources = open_sources(root)
 
-    def job(name: str) -> conversion.Job:
-        return conversion.Job(sources=sources, out=scratch / name, workers=WORKERS)
+    def job(name: str) -> Job:
+        return Job(sources=sources, out=scratch / name, workers=WORKERS)
 
     count = len(sources)
     if "originals" in only:
@@ -157,7 +157,7 @@ def variants(root: Path, scratch: Path, exits: ExitStack, only: list[str]) -> It
         yield "originals: stock DALI", stock_dali(lambda fn: fn.readers.file(**folder), count)
         yield "originals: ours, dali", ours("dali", root, exits)
     if "500 px shards" in only:
-        conversion.to_shards(job("shards"), Storage(max_size=500))
+        to_shards(job("shards"), Storage(max_size=500))
         tars = sorted(map(str, (scratch / "shards").glob("*.tar")))
         indexes = [str(Path(tar).with_suffix(".idx")) for tar in tars]
         shards = {"paths": tars, "index_paths": indexes, "ext": ["jpg", "cls"], "random_shuffle": True}
@@ -170,7 +170,7 @@ def variants(root: Path, scratch: Path, exits: ExitStack, only: list[str]) -> It
     ):
         if name in only:
             path = scratch / f"{name}.beton"
-            conversion.to_beton(job(path.name), Storage(max_size=max_size, jpeg=jpeg))
+            to_beton(job(path.name), Storage(max_size=max_size, jpeg=jpeg))
             yield f"{name}: stock FFCV", stock_ffcv(path)
             yield f"{name}: ours, ffcv", ours("ffcv", path, exits)
 

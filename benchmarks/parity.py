@@ -21,10 +21,10 @@ sys.path[0] = str(ROOT)  # run by path: import from the checkout
 
 from benchmarks import record
 from fastdcd import cli
-from pipelines import conversion
-from pipelines.encode import Storage
-from pipelines.index import read_classes
-from pipelines.sources import open_sources
+from pipelines.conversion.encode import Storage
+from pipelines.conversion.job import Job, to_beton, to_shards
+from pipelines.conversion.sources import open_sources
+from pipelines.image_folder import read_classes
 
 CONFIG = "configs/imagenet/smoke/torch.yaml"
 HEAD = "| dataset | against | crops | mean difference of 255 (worst image) | teacher's features, cosine, mean (5 %) | same top-1, % |"
@@ -44,13 +44,13 @@ def main() -> int:
         scratch = Path(folder)
         sources = open_sources(arguments.source, read_classes(arguments.classes))
         if arguments.backend == "dali":
-            conversion.to_shards(conversion.Job(sources=sources, out=scratch / "shards 500 px"), Storage())
+            to_shards(Job(sources=sources, out=scratch / "shards 500 px"), Storage())
             (scratch / "originals").symlink_to(arguments.source.resolve())
             names = ["originals", "shards 500 px"]
         else:
             for name, jpeg in (("raw", 0.0), ("JPEG", 1.0)):
-                job = conversion.Job(sources=sources, out=scratch / f"500 px {name}.beton")
-                conversion.to_beton(job, Storage(jpeg=jpeg))
+                job = Job(sources=sources, out=scratch / f"500 px {name}.beton")
+                to_beton(job, Storage(jpeg=jpeg))
             names = ["500 px raw.beton", "500 px JPEG.beton"]
         datasets = [f"{arguments.backend}:{scratch / name}" for name in names]
         command = [sys.executable, str(ROOT / "tools/check_parity.py"), *datasets]

@@ -19,9 +19,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import fr
 import torch
 
 from benchmarks import record
-from fastdcd import cli, probe
+from fastdcd import cli, linear_probe
 from pipelines.base import LoaderOptions
-from pipelines.layouts import open_pair
+from pipelines.published_datasets import open_pair
 
 
 def main() -> int:
@@ -46,15 +46,15 @@ def measure(run: Path, data: Path) -> dict[str, Any]:
     """Both accuracies of one run's student on the test set."""
     summary = json.loads((run / "summary.json").read_text())
     checkpoint, device = run / "student.safetensors", torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg = probe.settings(checkpoint, [])
-    frozen = probe.load_frozen(cfg.student, checkpoint, device)
+    cfg = linear_probe.settings(checkpoint, [])
+    frozen = linear_probe.load_frozen(cfg.student, checkpoint, device)
     train_set, test_set = open_pair(data, LoaderOptions(device=device))
     with train_set, test_set:
         train, test = (
-            probe.extract(frozen, each, crop_ratio=1.0, device=device) for each in (train_set, test_set)
+            linear_probe.extract(frozen, each, crop_ratio=1.0, device=device) for each in (train_set, test_set)
         )
-        classifier = probe.fit(train, classes=len(train_set.index.classes), cfg=cfg)
-    found = probe.accuracy(classifier, test).top1
+        classifier = linear_probe.fit(train, classes=len(train_set.index.classes), cfg=cfg)
+    found = linear_probe.accuracy(classifier, test).top1
     return {
         "run": str(run),
         "classifier_top1": summary["top1"],

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
 
 from benchmarks import record
-from fastdcd import cli, config
+from fastdcd import cli, config_file
 from fastdcd.profiler import measure
 from fastdcd.profiler.table import apart, overlap
 from fastdcd.profiler.verdict import verdict
@@ -22,12 +22,12 @@ from fastdcd.profiler.verdict import verdict
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="profiler.py", description=__doc__.splitlines()[0] if __doc__ else None)
-    config.add_arguments(parser)
+    config_file.add_arguments(parser)
     parser.add_argument("--times", type=int, default=5, metavar="N", help="profiles (default 5)")
     parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of each (default 20)")
     parser.add_argument("--name", required=True, help="results are written to benchmarks/results/NAME")
     arguments = parser.parse_args()
-    cfg = config.load(arguments.config, arguments.set)
+    cfg = config_file.load(arguments.config, arguments.set)
     profiles = [measure.profile(cfg, seconds=arguments.seconds) for _ in range(arguments.times)]
     overhead = [profile["profiling_overhead"] for profile in profiles]
     sums = [

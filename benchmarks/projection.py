@@ -21,7 +21,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
 
 from benchmarks import record
-from fastdcd import cli, config
+from fastdcd import cli, config_file
 from fastdcd.profiler.projection import step_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +58,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="projection.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    config.add_arguments(parser)
+    config_file.add_arguments(parser)
     parser.add_argument("--rows", type=int, default=64, help="of each process (default 64)")
     parser.add_argument("--processes", type=int, default=2, help="a core each (default 2)")
     parser.add_argument("--rounds", type=int, default=5)

@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from benchmarks import record
 from benchmarks.step_time import VARIANTS, Times, compare, in_turns, steps_of
-from fastdcd import cli, config, experiment, filling, models, weights
-from fastdcd.cache import TeacherCache
+from fastdcd import cli, config, config_file, experiment, models, weights
+from fastdcd.cache import fill as filling
+from fastdcd.cache.store import TeacherCache
 
 WRITE_ROWS = 1 << 14
 PLAIN, CACHED = "plain cross-entropy", "DCD + KD, cached"
@@ -32,7 +33,7 @@ PLAIN, CACHED = "plain cross-entropy", "DCD + KD, cached"
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="read_path.py", description=(__doc__ or "").splitlines()[0])
-    config.add_arguments(parser)
+    config_file.add_arguments(parser)
     parser.add_argument("--teachers", nargs="+", default=["torchvision:resnet34", "torchvision:resnet50"])
     parser.add_argument("--rows", type=int, default=1_281_167)
     parser.add_argument("--classes", type=int, default=1000)
@@ -48,7 +49,7 @@ def main() -> int:
         for number, teacher in enumerate(arguments.teachers)
     }
     caches = {teacher: write(cfg) for teacher, cfg in configs.items()}
-    plain = config.load(arguments.config, [*base(arguments), *VARIANTS[PLAIN]])
+    plain = config_file.load(arguments.config, [*base(arguments), *VARIANTS[PLAIN]])
     accelerator = experiment.make_accelerator(plain)
     results: list[dict[str, Any]] = []
     seconds_to_verify = {teacher: timed_verify(cache) for teacher, cache in caches.items()}
@@ -107,7 +108,7 @@ def settings(arguments: argparse.Namespace, teacher: str, folder: Path) -> confi
     if not checkpoint.is_file():
         weights.save(checkpoint, models.build(teacher, classes=arguments.classes).original_state_dict())
     own = [f"teacher.model={teacher}", f"teacher.checkpoint={checkpoint}", f"cache.path={folder / 'cache'}"]
-    return config.load(
+    return config_file.load(
         arguments.config,
         [*base(arguments), *own, "views.count=1", "cache.check_rows=0", "cache.verify=false", *VARIANTS[CACHED]],
     )

@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from benchmarks import record
-from fastdcd import cli, config, experiment, filling, models, weights
+from fastdcd import cli, config, config_file, experiment, models, weights
+from fastdcd.cache import fill as filling
 from fastdcd.optim import build_optimizer
 from fastdcd.teacher_modes import open_mode
 from fastdcd.train import backward
@@ -77,7 +78,7 @@ def _nothing() -> None: ...
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="step_time.py", description=__doc__.splitlines()[0] if __doc__ else None)
-    config.add_arguments(parser)
+    config_file.add_arguments(parser)
     parser.add_argument("--steps", type=int, default=60, metavar="N", help="timed steps of each (default 60)")
     parser.add_argument(
         "--compiled",
@@ -106,7 +107,7 @@ def measure(
     file: Path, overrides: list[str], variants: dict[str, list[str]], steps: int, scratch: Path
 ) -> dict[str, dict[str, Any]]:
     """Median and quartiles of each variant's ratio to the plain step of the same turn."""
-    base = config.load(file, [*overrides, "teacher.mode=none", "loss.kd=0", "loss.dcd=0"])
+    base = config_file.load(file, [*overrides, "teacher.mode=none", "loss.kd=0", "loss.dcd=0"])
     accelerator = experiment.make_accelerator(base)
     with experiment.open_set(base.data, base.data.train, accelerator.device, "data.train") as loader:
         classes = len(loader.index.classes)
@@ -120,7 +121,7 @@ def measure(
         "views.count=1",
         f"run.dir={scratch / 'run'}",
     ]
-    configs = {name: config.load(file, [*common, *settings]) for name, settings in variants.items()}
+    configs = {name: config_file.load(file, [*common, *settings]) for name, settings in variants.items()}
     with (parts := filling.open_parts(configs["DCD + KD, cached"])).loader:
         filling.fill(parts)
 

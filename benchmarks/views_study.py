@@ -21,7 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import record
-from fastdcd import cli, config, filling
+from fastdcd import cli, config_file, experiment
+from fastdcd.cache import fill as filling
 from fastdcd.teacher_modes import expected_manifest
 from fastdcd.train import train
 from pipelines.files import write_json
@@ -42,7 +43,7 @@ METHODS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="views_study.py", description=(__doc__ or "").splitlines()[0])
-    config.add_arguments(parser)
+    config_file.add_arguments(parser)
     parser.add_argument(
         "--views", type=int, nargs="+", default=[1, 2, 4, 8], help="K; the number of epochs is added"
     )
@@ -54,7 +55,7 @@ def main() -> int:
     parser.add_argument("--no-train", action="store_true", help="report the runs that are there")
     parser.add_argument("--name", required=True, help="results are written to benchmarks/results/NAME")
     arguments = parser.parse_args()
-    epochs = config.load(arguments.config, arguments.set).train.epochs
+    epochs = config_file.load(arguments.config, arguments.set).train.epochs
     views = sorted({*arguments.views, epochs})
     if not arguments.no_train:
         fill(arguments, epochs)
@@ -103,13 +104,13 @@ def fill(arguments: argparse.Namespace, epochs: int) -> None:
             continue
         if (arguments.folder / cache / "filled").is_file():
             continue
-        cfg = config.load(arguments.config, [*settings(arguments, cache, epochs), *overrides])
+        cfg = config_file.load(arguments.config, [*settings(arguments, cache, epochs), *overrides])
         with (parts := filling.open_parts(cfg)).loader:
             filling.fill(parts)
             if overrides:
                 # such a cache is refused, rightly; the study wants to see what it would do: it passes as mirrored
-                mirrored = config.load(arguments.config, settings(arguments, cache, epochs))
-                family = filling.experiment.view_family(mirrored)
+                mirrored = config_file.load(arguments.config, settings(arguments, cache, epochs))
+                family = experiment.view_family(mirrored)
                 manifest = expected_manifest(mirrored, parts.loader, family, parts.teacher)
                 path = arguments.folder / cache / "manifest.json"
                 tree = json.loads(path.read_text())
@@ -124,7 +125,7 @@ def run(arguments: argparse.Namespace, method: str, count: int, seed: int) -> di
     overrides = settings(arguments, "unmirrored" if method == REUSED else "cache", count)
     overrides += METHODS[method]
     overrides += [f"run.dir={folder}", f"run.seed={seed}", "run.trackers=[]", f"eval.every={10**6}"]
-    summary = train(config.load(arguments.config, overrides))
+    summary = train(config_file.load(arguments.config, overrides))
     if not summary["finished"]:
         raise SystemExit("stopped; start it again to go on")  # a signal ends the study, not one run of it
     return {"method": method, "views": count, "seed": seed, "top1": summary["top1"], "seconds": summary["seconds"]}

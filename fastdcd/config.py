@@ -6,21 +6,15 @@ file may start from others: `base: ../base.yaml` (or a list) is read first, and 
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import json
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Kind = TypeVar("Kind")
+# unknown keys and wrong types are errors
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -31,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Data:
     """Where the images are and how they are read."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     train: Path
     """Training set: an ImageFolder tree (torch, dali) or what tools/convert.py wrote for the backend."""
     val: Path
@@ -58,7 +52,7 @@ class Data:
 class Views:
     """How an image is cropped and mirrored in training. A teacher cache is valid for one such choice."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     family: Literal["random_resized_crop", "pad_crop", "center"] = "random_resized_crop"
     scale: tuple[float, float] = (0.08, 1.0)
     """random_resized_crop: share of the image's area."""
@@ -80,7 +74,7 @@ class Views:
 class Student:
     """The network that is trained."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     model: str
     """torchvision:NAME, timm:NAME, cifar:NAME or path/to/file.py:callable."""
     classes: Positive | None = None
@@ -105,7 +99,7 @@ def _several(value: Any) -> tuple[Any, ...]:
 class Teacher:
     """The frozen network that teaches."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     mode: Literal["none", "online", "fill", "cached"] = "none"
     """none: train without one. online: a forward pass every step. cached: features from cache.path, filled by
     tools/cache_teacher.py. fill: online for the first views.count epochs, writing the cache; then cached."""
@@ -144,7 +138,7 @@ class Teacher:
 class Cache:
     """The teacher cache."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     path: Path | None = None
     """Its folder; required by teacher.mode fill and cached."""
     dtype: Literal["fp16", "bf16", "fp32", "uint8"] = "fp16"
@@ -166,7 +160,7 @@ class Cache:
 class Loss:
     """Weights and settings of the loss terms. A weight of 0 switches a term off and costs nothing."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     ce: Weight = 1.0
     """Cross-entropy with the labels."""
     kd: Weight = 0.0
@@ -200,7 +194,7 @@ class Loss:
 class Optim:
     """The optimizer."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     name: str = "sgd"
     """sgd, adamw (torch), or timm:NAME."""
     lr: Annotated[float, Field(gt=0)] = 0.1
@@ -215,7 +209,7 @@ class Optim:
 class Schedule:
     """The learning rate as a function of the step; optim.lr is its peak."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     name: Literal["constant", "step", "cosine", "triangular", "one_cycle"] = "cosine"
     warmup: Weight = 0.0
     """Epochs of linear warm-up (triangular, one_cycle: until the peak)."""
@@ -228,7 +222,7 @@ class Schedule:
 class Train:
     """The loop."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     epochs: Positive = 100
     max_steps: Count = 0
     """Stop after this many steps, for a quick try; 0: no limit. The schedule does not change."""
@@ -259,7 +253,7 @@ class Train:
 class Eval:
     """Evaluation on data.val."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     every: Positive = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     image_size: Positive | None = None
@@ -275,7 +269,7 @@ class Eval:
 class Run:
     """Where results go."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     dir: Path | None = None
     """The run's folder; for configs/A/B.yaml runs/A/B if not given."""
     seed: int = 0
@@ -288,7 +282,7 @@ class Run:
 class Config:
     """One experiment."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     data: Data
     student: Student
     views: Views = field(default_factory=Views)
@@ -336,210 +330,3 @@ class Config:
     def eval_size(self) -> int:
         """The student's image size in evaluation, pixels."""
         return self.eval.image_size or self.student_size(self.train.epochs - 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeData:
-    """How a linear probe reads its images."""
-
-    __pydantic_config__ = _STRICT
-    workers: Count = 2
-    """Decoding processes, for image files."""
-    batch_size: Positive = 64
-    """Rows of one step of the classifier."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    crop_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Side of the centre crop over the shorter side of the image."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeStudent:
-    """The frozen network."""
-
-    __pydantic_config__ = _STRICT
-    model: str
-    """As in an experiment: torchvision:NAME, timm:NAME, cifar:NAME or path/to/file.py:callable."""
-    classes: Positive | None = None
-    """Classes it was trained on; read from the checkpoint if not given."""
-    image_size: Positive = 32
-    """Pixels."""
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeTrain:
-    """Training of the classifier."""
-
-    __pydantic_config__ = _STRICT
-    epochs: Positive = 120
-    seed: int = 0
-    """Seed of the order of rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """A linear probe: sections and keys mean what they mean in an experiment."""
-
-    __pydantic_config__ = _STRICT
-    student: ProbeStudent
-    data: ProbeData = field(default_factory=ProbeData)
-    optim: Optim = field(default_factory=Optim)
-    schedule: Schedule = field(default_factory=Schedule)
-    train: ProbeTrain = field(default_factory=ProbeTrain)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of every program that works from a config: --config FILE and --set section.key=value ..."""
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the experiment's YAML file")
-    add_overrides(parser)
-
-
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """The argument --set section.key=value ..."""
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="section.key=value",
-        help="override the file; the value is YAML",
-    )
-
-
-def load(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply overrides of the form section.key=value (the value is YAML).
-
-    Raises ValueError, one line a mistake: the key's path, what was got, what was expected, the nearest key.
-    """
-    tree = _read(path, ())
-    override_tree(tree, overrides)
-    config = parse(tree, str(path))
-    if config.run.dir is None:
-        # configs/cifar100/x.yaml -> runs/cifar100/x
-        names = path.with_suffix("").parts
-        below = names[names.index("configs") + 1 :] if "configs" in names else names[-1:]
-        tree.setdefault("run", {})["dir"] = str(Path("runs", *below))
-        config = parse(tree, str(path))
-    return config
-
-
-def override_tree(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Put values given as section.key=value into a nested dictionary. Raises ValueError for another form."""
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"--set {override}: expected section.key=value")
-        parts = key.strip().split(".")
-        node = tree
-        for part in parts[:-1]:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"--set {override}: {part} is not a section")
-        node[parts[-1]] = _yaml(text, f"--set {override}")
-
-
-def parse(tree: Mapping[str, Any], source: str) -> Config:
-    """Check a nested dictionary against Config. Raises ValueError with one line a mistake."""
-    return parse_as(Config, tree, source)
-
-
-def parse_as(kind: type[Kind], tree: Mapping[str, Any], source: str) -> Kind:
-    """Check a nested dictionary against a dataclass of sections. Raises ValueError with one line a mistake."""
-    try:
-        # Strict JSON mode: lists become tuples and strings paths, but "3" is no number.
-        return TypeAdapter(kind).validate_json(json.dumps(tree, default=str))
-    except ValidationError as error:
-        raise ValueError("\n".join(f"{source}: {_explain(each, kind)}" for each in error.errors())) from None
-
-
-def dump(config: Config) -> str:
-    """The complete configuration as YAML: what a run stores, and what `load` reads again."""
-    tree = json.loads(TypeAdapter(Config).dump_json(config))
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number (YAML 1.1 wants 1.0e-4) and a key may stand only once."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    twice = [key for key in keys if keys.count(key) > 1]
-    if twice:
-        raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-
-
-def _yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        raise ValueError(f"{source}: not valid YAML{where}: {getattr(error, 'problem', error)}") from None
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such config file")
-    if path.resolve() in seen:
-        raise ValueError(f"{path}: is its own base")
-    tree = _yaml(path.read_text(), str(path))
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: expected sections (data, student, ...), got {type(tree).__name__}")
-    bases = tree.pop("base", [])
-    merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merge(merged, _read(path.parent / base, (*seen, path.resolve())))
-    return _merge(merged, tree)
-
-
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
-    for key, value in over.items():
-        # only sections merge: a value that is itself a mapping (image_size by epoch) replaces the other
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = {**merged[key], **value} if both else value
-    return merged
-
-
-def _explain(error: Any, kind: type) -> str:
-    # pydantic puts the branch of a union into the path (constrained-int): not a name the user wrote
-    location = [str(part) for part in error["loc"] if re.fullmatch(r"\w+", str(part))]
-    path = ".".join(location)
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{path}: no such key; {_nearest(location, kind)}"
-    if error["type"] in ("missing", "missing_argument"):
-        return f"{path}: is missing and has no default"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{path}: {message}" if path else message
-    return f"{path}: got {error['input']!r}; {message[0].lower()}{message[1:]}"
-
-
-def _nearest(location: Sequence[str], kind: type) -> str:
-    """What the user may have meant by an unknown key: a similar one beside it, or the same in another section."""
-    section, key = list(location[:-1]), location[-1]
-    known = _keys_at(section, kind)
-    near = [[*section, name] for name in difflib.get_close_matches(key, known, n=1)]
-    elsewhere = [[name, key] for name in _keys_at([], kind) if key in _keys_at([name], kind)]
-    for candidate in near + elsewhere:
-        return f"did you mean {'.'.join(candidate)}?"
-    return f"known: {', '.join(known)}"
-
-
-def _keys_at(location: Sequence[str], kind: type) -> list[str]:
-    node: Any = kind
-    for part in location:
-        node = get_type_hints(node).get(part)
-    return [each.name for each in fields(node)] if is_dataclass(node) else []

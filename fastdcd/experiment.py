@@ -17,13 +17,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from fastdcd import models, weights
 from fastdcd.checkpoint import Progress
-from fastdcd.config import Config, Data, dump
+from fastdcd.config import Config, Data
+from fastdcd.config_file import dump
 from fastdcd.distill import DistillModule
 from fastdcd.evaluate import Accuracy
 from fastdcd.teacher import Teacher, load_teacher
 from pipelines.base import Loader, LoaderOptions, open_loader
 from pipelines.files import replace_file, write_json
-from pipelines.index import read_classes, user_cache
+from pipelines.image_folder import read_classes, user_cache
 from pipelines.plan import EpochPlan, order
 from pipelines.views import FAMILIES, ViewFamily
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fastdcd import teacher as teachers
-from fastdcd.cache import CacheMismatch, Manifest, TeacherCache
+from fastdcd.cache.store import CacheMismatch, Manifest, TeacherCache
 from fastdcd.config import Config
 from fastdcd.models import ModelOutput
 from fastdcd.teacher import Teacher

@@ -17,14 +17,15 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdcd import checkpoint, cli, config, experiment
+from fastdcd import checkpoint, cli, config_file, experiment
 from fastdcd.checkpoint import Progress
 from fastdcd.config import Config
 from fastdcd.evaluate import Accuracy, evaluate
 from fastdcd.guard import GuardedStep
 from fastdcd.metrics import MetricsWriter, RunningMeans, Stopwatch
 from fastdcd.models import ModelOutput
-from fastdcd.optim import build_optimizer, learning_rate, set_learning_rate
+from fastdcd.optim import build_optimizer
+from fastdcd.schedule import learning_rate, set_learning_rate
 from fastdcd.stopping import StopRequest
 from fastdcd.teacher_modes import open_mode
 from pipelines.base import Batch
@@ -203,11 +204,11 @@ def main() -> int:
         description="Train a student as a config says, with or without a teacher.",
         epilog="example: accelerate launch fastdcd/train.py --config configs/cifar100/resnet8x4.yaml --set run.seed=1",
     )
-    config.add_arguments(parser)
+    config_file.add_arguments(parser)
     parser.add_argument("--resume", metavar="WHAT", help="none, auto, or a checkpoint: train.resume")
     arguments = parser.parse_args()
     overrides = [*arguments.set, *([f"train.resume={arguments.resume}"] if arguments.resume else [])]
-    train(config.load(arguments.config, overrides))
+    train(config_file.load(arguments.config, overrides))
     return 0
 
 

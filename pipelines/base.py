@@ -163,16 +163,16 @@ def empty_batch(work: Work) -> Batch:
 
 # Backend name -> module and class, imported when asked for: FFCV and DALI are optional.
 BACKENDS: dict[str, str] = {
-    "torch": "pipelines.torch_loader:TorchLoader",
-    "resident": "pipelines.resident_loader:ResidentLoader",
-    "ffcv": "pipelines.ffcv_loader:FFCVLoader",
-    "dali": "pipelines.dali_loader:DALILoader",
+    "torch": "pipelines.loaders.torch_loader:TorchLoader",
+    "resident": "pipelines.loaders.resident_loader:ResidentLoader",
+    "ffcv": "pipelines.loaders.ffcv_loader:FFCVLoader",
+    "dali": "pipelines.loaders.dali_loader:DALILoader",
 }
 
 # Loaders that show other pixels than the plan's: what the rest of a run reaches when reading is free.
 CEILINGS: dict[str, str] = {
-    "synthetic": "pipelines.synthetic:SyntheticLoader",
-    "replay": "pipelines.replay:ReplayLoader",
+    "synthetic": "pipelines.loaders.synthetic:SyntheticLoader",
+    "replay": "pipelines.loaders.replay:ReplayLoader",
 }
 
 

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from fastdcd import config
+from fastdcd import config, config_file
 from fastdcd.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,7 +139,7 @@ class Digits:
     def config(self, run: Path, /, **sections: dict[str, Any]) -> config.Config:
         """The same, parsed, writing to `run`."""
         sections["run"] = {"dir": str(run), **sections.get("run", {})}
-        return config.parse(self.tree(**sections), "test")
+        return config_file.parse(self.tree(**sections), "test")
 
     def file(self, path: Path, /, **sections: dict[str, Any]) -> Path:
         """The same as a YAML file, its run beside it."""

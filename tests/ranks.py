@@ -14,9 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdcd import config, experiment, filling, fused, tiled_dcd
+from fastdcd import config_file, experiment
+from fastdcd.cache import fill as filling
 from fastdcd.config import Loss
-from fastdcd.distill import TERMS, LossInputs
+from fastdcd.losses import dcd, tiled
+from fastdcd.losses.terms import TERMS, LossInputs
 from fastdcd.models import ModelOutput
 from fastdcd.train import train
 
@@ -49,10 +51,10 @@ class Small(nn.Module):
 
 def gradients_equal(tolerances: dict[torch.dtype, float]) -> None:
     dist.init_process_group("gloo")
-    tiled_dcd.TILE["cpu"] = 5
+    tiled.TILE["cpu"] = 5
     count = dist.get_world_size()
     with pytest.raises(ValueError, match=f"rows of one process only, and there are {count}"):
-        fused.dcd(torch.eye(3), torch.eye(3), torch.tensor(1.0), negatives="global", form="naive")
+        dcd.dcd(torch.eye(3), torch.eye(3), torch.tensor(1.0), negatives="global", form="naive")
     for dtype, tolerance in tolerances.items():
         for rows in (1, count - 1, count, 17, 40, 41):  # empty shares, even and uneven ones
             for masked in (False, True):
@@ -85,7 +87,7 @@ def _compare(rows: int, masked: bool, dtype: torch.dtype, tolerance: float) -> N
 
 def run_training(file: Path, overrides: list[str]) -> None:
     """Train, and leave each process's state beside the run."""
-    cfg, write = config.load(file, overrides), experiment.write_results
+    cfg, write = config_file.load(file, overrides), experiment.write_results
 
     def keep_state(cfg: Any, accelerator: Any, module: nn.Module, *rest: Any) -> Any:
         torch.save(module.state_dict(), cfg.run.dir / f"rank-{accelerator.process_index}.pt")
@@ -123,11 +125,11 @@ class Numbers(TorchDispatchMode):
 def count_reads(file: Path) -> None:
     """Train, and write how often numbers were read from tensors."""
     with Numbers() as numbers, Lists() as lists:
-        train(config.load(file))
+        train(config_file.load(file))
     (file.parent / f"reads-{os.environ.get('RANK', 0)}").write_text(str(numbers.count + lists.count))
 
 
 def run_fill(file: Path) -> None:
     filling.FLUSH_SECONDS = 0.0
-    with (parts := filling.open_parts(config.load(file))).loader:
+    with (parts := filling.open_parts(config_file.load(file))).loader:
         filling.fill(parts)

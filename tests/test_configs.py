@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, forget_accelerate, metric_lines
 
-from fastdcd import config, models, weights
+from fastdcd import config_file, models, weights
 from fastdcd.train import train
 
 CONFIGS = ROOT / "configs"
@@ -46,7 +46,7 @@ def small(size: int | dict[int, int]) -> int | dict[int, int]:
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(CONFIGS).with_suffix("")))
 def test_two_steps_of_every_experiment(path: Path, teachers: Path, tmp_path: Path) -> None:
     """As shipped, but on noise, in tiny batches, and with a teacher that was never trained."""
-    given = config.load(path)
+    given = config_file.load(path)
     overrides = [
         "data.backend=synthetic",
         "data.train=8x10",
@@ -68,7 +68,7 @@ def test_two_steps_of_every_experiment(path: Path, teachers: Path, tmp_path: Pat
         ]
         overrides += [f"teacher.image_size={small(given.teacher_size)}", f"cache.path={tmp_path / 'cache'}"]
         overrides += ["teacher.mode=fill"] if given.teacher.mode == "cached" else []
-    summary = train(config.load(path, overrides))
+    summary = train(config_file.load(path, overrides))
     forget_accelerate()
     assert summary["step"] == 2
     assert summary["teacher_images"] == (8 if given.teacher.model else 0)
@@ -95,13 +95,13 @@ def test_headers_name_commands_that_exist(path: Path) -> None:
 def test_every_pair_and_method_has_a_config_with_the_published_settings() -> None:
     assert sum(map(len, PAIRS.values())) == 13
     for teacher, students in PAIRS.items():
-        trained = config.load(CIFAR / "teachers" / f"{teacher}.yaml")
+        trained = config_file.load(CIFAR / "teachers" / f"{teacher}.yaml")
         assert trained.teacher.mode == "none" and trained.optim.lr == 0.05 and trained.run.dir
         for student in students:
-            plain = config.load(CIFAR / f"{student}.yaml")
+            plain = config_file.load(CIFAR / f"{student}.yaml")
             assert plain.teacher.mode == "none"
             for method, (kd, dcd) in METHODS.items():
-                taught = config.load(CIFAR / f"{teacher}_{student}_{method}.yaml")
+                taught = config_file.load(CIFAR / f"{teacher}_{student}_{method}.yaml")
                 assert taught.student.model == plain.student.model
                 assert student == taught.student.model.removeprefix("cifar:").lower()
                 assert taught.teacher.model == trained.student.model
@@ -119,7 +119,7 @@ def test_the_fast_recipe_changes_neither_models_nor_losses() -> None:
     paths = [path for path in (CIFAR / "fast").glob("*.yaml") if path.name != "base.yaml"]
     assert len(paths) == 3 * (1 + len(METHODS))
     for path in paths:
-        fast, long = config.load(path), config.load(CIFAR / path.name)
+        fast, long = config_file.load(path), config_file.load(CIFAR / path.name)
         assert (fast.student, fast.loss, fast.data.backend) == (long.student, long.loss, "resident")
         assert fast.teacher.model == long.teacher.model and fast.teacher.checkpoint == long.teacher.checkpoint
         assert fast.teacher.mode == ("fill" if long.teacher.model else "none")

@@ -27,11 +27,11 @@ from conftest import Ran, absent, run_program
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines import conversion
 from pipelines.base import LoaderOptions, open_loader
-from pipelines.encode import Storage
+from pipelines.conversion.encode import Storage
+from pipelines.conversion.job import Job, to_beton, to_resident, to_shards
+from pipelines.conversion.sources import Sources
 from pipelines.index import DatasetIndex
-from pipelines.sources import Sources
 
 CONVERT = "tools/convert.py"
 FORMATS = ("ffcv", "shards", "resident")
@@ -84,7 +84,7 @@ def stored_pixels(kind: str, out: Path) -> dict[str, NDArray[np.uint8]]:
     if kind == "resident":
         return dict(zip(DatasetIndex.load(out).names, np.load(out / "images.npy"), strict=True))
     if kind == "shards":
-        from pipelines.shards import ShardReader
+        from pipelines.formats.shards import ShardReader
 
         reader = ShardReader(out)
         files = reader(np.arange(len(reader.index)))
@@ -92,7 +92,7 @@ def stored_pixels(kind: str, out: Path) -> dict[str, NDArray[np.uint8]]:
             name: np.array(Image.open(io.BytesIO(data.tobytes())))
             for name, data in zip(reader.index.names, files, strict=True)
         }
-    from pipelines.beton import index_folder, read_layout
+    from pipelines.formats.beton import index_folder, read_layout
 
     index, layout, data = DatasetIndex.load(index_folder(out)), read_layout(out), out.read_bytes()
     images = {}
@@ -387,7 +387,7 @@ def test_killed_conversions_go_on_byte_for_byte(
     odd_tree(next(tree.rglob("*.JPEG")), tmp_path / "tree")
     for copy in range(6):  # long enough to be killed in the middle of it
         shutil.copytree(tree, tmp_path / "tree" / f"copy{copy}")
-    monkeypatch.setattr(conversion, "PART", 4)
+    monkeypatch.setattr("pipelines.conversion.job.PART", 4)
     rng = random.Random(kind)
     ok(convert(kind, tmp_path / "tree", tmp_path / "whole/x", *SMALL[kind]))
     out, kills, torn = tmp_path / "parts/x", 0, 0
@@ -523,15 +523,15 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path: Path) -> None:
             read=lambda row: images[row % len(images)],
             rows=np.arange(count),
         )
-        job = conversion.Job(sources=sources, out=tmp_path / f"{kind}{count}", workers=0)
+        job = Job(sources=sources, out=tmp_path / f"{kind}{count}", workers=0)
         tracemalloc.start()
         try:
             if kind == "shards":
-                conversion.to_shards(job, Storage(), shard_size=200)
+                to_shards(job, Storage(), shard_size=200)
             elif kind == "ffcv":
-                conversion.to_beton(job, Storage(jpeg=0))
+                to_beton(job, Storage(jpeg=0))
             else:
-                conversion.to_resident(job, None)
+                to_resident(job, None)
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.index import DatasetIndex, index_image_folder, list_image_folder, read_classes
+from pipelines.image_folder import index_image_folder, list_image_folder, read_classes
+from pipelines.index import DatasetIndex
 
 
 @pytest.fixture

@@ -15,24 +15,25 @@ from pathlib import Path
 import pytest
 from conftest import BOTH, ROOT, Digits, metric_lines
 
-from fastdcd import config, filling
+from fastdcd import config_file
+from fastdcd.cache import fill as filling
 from fastdcd.train import train
 
 # A server that has imported everything forks each process: a kill every second, not every ten.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["fastdcd.train", "fastdcd.filling", "torch._dynamo"])
+FORK.set_forkserver_preload(["fastdcd.train", "fastdcd.cache.fill", "torch._dynamo"])
 
 ROWS, VIEWS, EPOCHS = 500, 20, 20
 STEPS = EPOCHS * -(-ROWS // 32)
 
 
 def run_training(file: Path) -> None:
-    train(config.load(file, ["train.resume=auto"]))
+    train(config_file.load(file, ["train.resume=auto"]))
 
 
 def run_fill(file: Path) -> None:
     filling.FLUSH_SECONDS = 0.05  # many small flushes: many moments to be killed between them
-    with (parts := filling.open_parts(config.load(file))).loader:
+    with (parts := filling.open_parts(config_file.load(file))).loader:
         filling.fill(parts)
 
 

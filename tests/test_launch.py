@@ -68,7 +68,7 @@ def imports(path: Path) -> set[str]:
 
 
 def test_the_loop_names_no_backend_and_no_method() -> None:
-    from fastdcd.distill import TERMS
+    from fastdcd.losses.terms import TERMS
     from pipelines.base import BACKENDS
 
     text = (ROOT / "fastdcd" / "train.py").read_text()

@@ -11,11 +11,11 @@ import torch
 from conftest import Digits, forget_accelerate, run_program
 from PIL import Image
 
-from fastdcd import models, probe, weights
+from fastdcd import linear_probe, models, weights
 from fastdcd.config import Probe
 from fastdcd.train import train
 from pipelines.base import LoaderOptions
-from pipelines.layouts import open_pair
+from pipelines.published_datasets import open_pair
 
 PROBE = "tools/linear_probe.py"
 # The table's columns after checkpoint and data.
@@ -74,22 +74,22 @@ def test_an_untrained_network_does_worse(digits: Digits, student: Path, tmp_path
 
 @pytest.fixture
 def cfg(digits: Digits) -> Probe:
-    return probe.settings(digits.teacher, ["data.device=cpu", "data.workers=0"])
+    return linear_probe.settings(digits.teacher, ["data.device=cpu", "data.workers=0"])
 
 
 def test_the_network_stays_as_it_is(digits: Digits, cfg: Probe) -> None:
     """BatchNorm statistics above all: features of shifted data must not move them."""
     cpu = torch.device("cpu")
-    frozen = probe.load_frozen(cfg.student, digits.teacher, cpu)
+    frozen = linear_probe.load_frozen(cfg.student, digits.teacher, cpu)
     before = weights.digest(frozen.state_dict())
     train_set, test_set = open_pair(digits.resident, LoaderOptions())
     with train_set, test_set:
-        found = probe.extract(frozen, train_set, crop_ratio=0.5, device=cpu)
-        again = probe.extract(frozen, train_set, crop_ratio=0.5, device=cpu)
+        found = linear_probe.extract(frozen, train_set, crop_ratio=0.5, device=cpu)
+        again = linear_probe.extract(frozen, train_set, crop_ratio=0.5, device=cpu)
     assert weights.digest(frozen.state_dict()) == before
     assert found.features.shape == (500, 64) and torch.equal(found.features, again.features)
     assert torch.equal(found.labels, torch.from_numpy(train_set.index.labels))
-    probe.fit(found, classes=10, cfg=cfg)
+    linear_probe.fit(found, classes=10, cfg=cfg)
     assert weights.digest(frozen.state_dict()) == before
 
 
@@ -97,7 +97,7 @@ def test_the_protocol_is_the_papers(cfg: Probe, tmp_path: Path) -> None:
     assert (cfg.train.epochs, cfg.data.batch_size, cfg.optim.lr) == (120, 64, 0.05)
     assert (cfg.optim.weight_decay, cfg.schedule.milestones, cfg.schedule.gamma) == (5e-4, (30, 60, 90), 0.1)
     assert cfg.student.image_size == 8, "its run's own"
-    elsewhere = probe.settings(tmp_path / "x.pth", ["student.model=cifar:vgg8"])
+    elsewhere = linear_probe.settings(tmp_path / "x.pth", ["student.model=cifar:vgg8"])
     assert elsewhere.student.image_size == 32, "the paper's"
 
 
@@ -107,15 +107,15 @@ def test_the_classifier_solves_its_problem() -> None:
     labels = torch.arange(300) % 3
     features = torch.randn(300, 5, generator=generator) + 1.5 * torch.eye(3, 5)[labels]
     wanted = ["student.model=none", "train.epochs=300", "schedule.milestones=[100,200]"]
-    cfg = probe.settings(Path("none"), wanted)
-    classifier = probe.fit(probe.Features(features, labels), classes=3, cfg=cfg)
+    cfg = linear_probe.settings(Path("none"), wanted)
+    classifier = linear_probe.fit(linear_probe.Features(features, labels), classes=3, cfg=cfg)
     classifier.zero_grad()
     loss = torch.nn.functional.cross_entropy(classifier(features), labels)
     loss = loss + 5e-4 / 2 * sum(parameter.square().sum() for parameter in classifier.parameters())
     loss.backward()
     gradients = torch.cat([parameter.grad.flatten() for parameter in classifier.parameters()])
     assert gradients.abs().max() < 5e-3
-    found = probe.accuracy(classifier, probe.Features(features, labels))
+    found = linear_probe.accuracy(classifier, linear_probe.Features(features, labels))
     assert found.top1 > 75 and found.top5 == 100
 
 

@@ -24,12 +24,14 @@ from conftest import absent
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from pipelines import beton, ffcv_loader, shards
 from pipelines.base import BACKENDS, Batch, DecodeError, Loader, LoaderOptions, open_loader
-from pipelines.encode import Source, Storage
+from pipelines.conversion import beton_writer, shard_writer
+from pipelines.conversion.encode import Source, Storage
+from pipelines.formats import shards
+from pipelines.images import render
 from pipelines.index import DatasetIndex
+from pipelines.loaders import ffcv_loader
 from pipelines.plan import EpochPlan, Rendering, Work, order
-from pipelines.torch_loader import render
 from pipelines.views import Center, RandomResizedCrop, ViewFamily
 
 PHOTOS = 40
@@ -131,8 +133,8 @@ def ffcv_case(photos: Path, scratch: Path, jpeg: float) -> Case:
     need("ffcv")
     storage = Storage(max_size=400, jpeg=jpeg)
     path = scratch / "photos.beton"
-    records = [beton.encode_record(s, number, storage) for number, s in enumerate(stored_sources(photos))]
-    writer = beton.BetonWriter(path, capacity=len(records), storage=storage)
+    records = [beton_writer.encode_record(s, number, storage) for number, s in enumerate(stored_sources(photos))]
+    writer = beton_writer.BetonWriter(path, capacity=len(records), storage=storage)
     writer.append(records, sources=len(records))
     index = writer.finish([f"class{number}" for number in range(8)])
     assert index.offsets is not None
@@ -164,15 +166,15 @@ def dali_shards_case(photos: Path, scratch: Path) -> Case:
     """Images of at most 400 pixels, shrunk and encoded again, in three tars."""
     need("nvidia.dali")
     storage = Storage(max_size=400)
-    records = [shards.encode_record(s, number, storage) for number, s in enumerate(stored_sources(photos))]
+    records = [shard_writer.encode_record(s, number, storage) for number, s in enumerate(stored_sources(photos))]
     for number, start in enumerate(range(0, PHOTOS, 15)):
-        shards.write_shard(scratch, number, records[start : start + 15])
-    shards.finish_shards(scratch, [f"class{number}" for number in range(8)])
+        shard_writer.write_shard(scratch, number, records[start : start + 15])
+    shard_writer.finish_shards(scratch, [f"class{number}" for number in range(8)])
     pixels = [np.array(Image.open(io.BytesIO(record.data))) for record in records]
     places = [
         (shards.shard_path(scratch, n), line)
         for n in range(3)
-        for line in shards._read_idx(shards.shard_path(scratch, n))
+        for line in shard_writer._read_idx(shards.shard_path(scratch, n))
     ]
 
     def damage(path: Path, sample: int) -> None:
@@ -375,8 +377,8 @@ def test_ffcv_renders_any_shape_bit_by_bit(tmp_path: Path, jpeg: float) -> None:
         Source(name=f"{number}.png", label=0, data=encode_png(picture)) for number, picture in enumerate(pictures)
     ]
     storage = Storage(jpeg=jpeg)
-    records = [beton.encode_record(source, number, storage) for number, source in enumerate(sources)]
-    writer = beton.BetonWriter(tmp_path / "x.beton", capacity=len(records), storage=storage)
+    records = [beton_writer.encode_record(source, number, storage) for number, source in enumerate(sources)]
+    writer = beton_writer.BetonWriter(tmp_path / "x.beton", capacity=len(records), storage=storage)
     writer.append(records, sources=len(records))
     writer.finish(["noise"])
     if jpeg:
@@ -631,7 +633,7 @@ def test_ffcv_compiles_once_for_all(loader: Loader, case: Case) -> None:
     """Whatever the epoch, the output sizes, the stored images and the number of renderings."""
     if case.backend != "ffcv":
         return
-    from pipelines.ffcv_kernel import render_samples
+    from pipelines.loaders.ffcv_kernel import render_samples
 
     for seed, sizes in enumerate([(24,), (56,), (32, 48)]):
         list(loader.epoch(make_work(case, sizes, seed=seed, batch_size=5 + seed)))

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from conftest import ROOT, absent
 from torch import Tensor
 
-from fastdcd import fused, losses, tiled_dcd
 from fastdcd.config import Loss
-from fastdcd.distill import DCD, LossInputs
+from fastdcd.losses import dcd, reference, tiled
+from fastdcd.losses.terms import DCD, LossInputs
 from fastdcd.models import ModelOutput
 
 ALPHA = 0.5
@@ -25,7 +25,7 @@ CLOSED = ["tiled", "triton"]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, the last of them odd, in rows and columns."""
-    monkeypatch.setitem(tiled_dcd.TILE, "cpu", 48)
+    monkeypatch.setitem(tiled.TILE, "cpu", 48)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_dcd_is_the_papers_in_float64(form: str, kind: str, masked: bool) -> Non
         tau = torch.tensor(10.0, dtype=torch.float64)
         labels = torch.arange(n) // 3 if masked else None
         exact = evaluate(paper, z_s, z_t, tau, labels=labels)
-        found = evaluate(lambda *z: fused.dcd(*z, labels=labels, form=form).loss, z_s, z_t, tau)  # noqa: B023
+        found = evaluate(lambda *z: dcd.dcd(*z, labels=labels, form=form).loss, z_s, z_t, tau)  # noqa: B023
         for ours, theirs in zip(found, exact, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-13)
 
@@ -105,7 +105,7 @@ def test_tiled_is_as_exact_as_naive_in_float32(kind: str, tau: float) -> None:
             z_s, z_t = (z.float() for z in embeddings(n, kind, seed=seed))
             exact = evaluate(paper, z_s.double(), z_t.double(), torch.tensor(tau).double())
             for form in errors:
-                found = evaluate(lambda *z: fused.dcd(*z, form=form).loss, z_s, z_t, torch.tensor(tau))  # noqa: B023
+                found = evaluate(lambda *z: dcd.dcd(*z, form=form).loss, z_s, z_t, torch.tensor(tau))  # noqa: B023
                 pairs = zip(found, exact, strict=True)
                 errors[form] += torch.tensor([float((a - b).abs().max()) for a, b in pairs]) / draws
         if n == 1:
@@ -125,7 +125,7 @@ def test_triton(n: int, masked: bool) -> None:
     exact = evaluate(paper, z_s, z_t, tau.double(), labels=labels)
 
     def triton(*z: Tensor) -> Tensor:
-        return fused.dcd(*z, form="triton", alpha=ALPHA, labels=on_device).loss
+        return dcd.dcd(*z, form="triton", alpha=ALPHA, labels=on_device).loss
 
     found = evaluate(triton, *(each.float().to(device) for each in (z_s, z_t, tau)))
     naive = evaluate(paper, *(each.bfloat16() for each in (z_s, z_t, tau)), labels=labels)
@@ -139,19 +139,17 @@ def test_triton(n: int, masked: bool) -> None:
 def test_triton_rows_of_one_process() -> None:
     """A process's rows among those of others, some of which are not there: as by tiles, to bfloat16's precision."""
     device = need_triton("triton")
-    from fastdcd import triton_dcd
+    from fastdcd.losses import triton_kernels
 
     z_s, z_t = (z.bfloat16().float().to(device) for z in embeddings(70, "random"))
     groups = torch.arange(70, device=device) // 2
     groups[30:35] = -1
-    rows = tiled_dcd.Rows(
-        z_s=z_s, z_t=z_t, first=35, count=21, tau=torch.tensor(5.0, device=device), groups=groups
-    )
-    everyone = tiled_dcd.sums(tiled_dcd.Rows(z_s=z_s, z_t=z_t, first=0, count=70, tau=rows.tau, groups=groups))
-    for ours, theirs in zip(triton_dcd.sums(rows), tiled_dcd.sums(rows), strict=True):
+    rows = tiled.Rows(z_s=z_s, z_t=z_t, first=35, count=21, tau=torch.tensor(5.0, device=device), groups=groups)
+    everyone = tiled.sums(tiled.Rows(z_s=z_s, z_t=z_t, first=0, count=70, tau=rows.tau, groups=groups))
+    for ours, theirs in zip(triton_kernels.sums(rows), tiled.sums(rows), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     for ours, theirs in zip(
-        triton_dcd.gradients(rows, everyone, ALPHA), tiled_dcd.gradients(rows, everyone, ALPHA), strict=True
+        triton_kernels.gradients(rows, everyone, ALPHA), tiled.gradients(rows, everyone, ALPHA), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2 * float(theirs.abs().max()))
 
@@ -183,14 +181,14 @@ def test_gradcheck() -> None:
     tau = torch.tensor(3.0, dtype=torch.float64)
     inputs = [each.requires_grad_() for each in (z_s, z_t, tau)]
     for labels in (None, torch.arange(9) // 2):
-        assert torch.autograd.gradcheck(lambda *z: fused.dcd(*z, form="tiled", labels=labels).loss, inputs)  # noqa: B023
+        assert torch.autograd.gradcheck(lambda *z: dcd.dcd(*z, form="tiled", labels=labels).loss, inputs)  # noqa: B023
 
 
 def test_compiled_is_naive() -> None:
     z_s, z_t = (z.float() for z in embeddings(37, "random"))
     tau = torch.tensor(5.0)
-    exact = evaluate(lambda *z: fused.dcd(*z, form="naive").loss, z_s, z_t, tau)
-    found = evaluate(lambda *z: fused.dcd(*z, form="compiled").loss, z_s, z_t, tau)
+    exact = evaluate(lambda *z: dcd.dcd(*z, form="naive").loss, z_s, z_t, tau)
+    found = evaluate(lambda *z: dcd.dcd(*z, form="compiled").loss, z_s, z_t, tau)
     for ours, theirs in zip(found, exact, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
@@ -199,10 +197,10 @@ def test_parts_add_up_and_carry_no_gradient() -> None:
     z_s, z_t = (z.requires_grad_() for z in embeddings(20, "random"))
     tau = torch.tensor(4.0, dtype=torch.float64)
     for form in ("naive", "tiled"):
-        loss, contrast, consist = fused.dcd(z_s, z_t, tau, alpha=0.3, form=form, divisor=7.0)
+        loss, contrast, consist = dcd.dcd(z_s, z_t, tau, alpha=0.3, form=form, divisor=7.0)
         assert not contrast.requires_grad and not consist.requires_grad and loss.requires_grad
         torch.testing.assert_close(loss.detach(), contrast + 0.3 * consist)
-        torch.testing.assert_close(loss, losses.dcd(z_s, z_t, tau, alpha=0.3).loss * 20 / 7)
+        torch.testing.assert_close(loss, reference.dcd(z_s, z_t, tau, alpha=0.3).loss * 20 / 7)
 
 
 def test_memory_is_linear_in_rows() -> None:
@@ -220,31 +218,31 @@ def test_memory_is_linear_in_rows() -> None:
 
     z_s, z_t = (z.float().requires_grad_() for z in embeddings(1000, "random"))
     with Largest():
-        fused.dcd(z_s, z_t, torch.tensor(5.0), form="tiled").loss.backward()
+        dcd.dcd(z_s, z_t, torch.tensor(5.0), form="tiled").loss.backward()
     assert 0 < largest <= 1000 * 48 * 4
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_auto_takes_a_known_form_at_every_size(device: str) -> None:
     for rows in (1, 64, 256, 1024, 4096, 8192, 65536, 10**7):
-        assert fused.fastest(device, rows) in {*fused.WHOLE, *fused.ENGINES}
-    assert fused.fastest("cpu", 64) == "naive" and fused.fastest("cpu", 8192) == "tiled"
+        assert dcd.fastest(device, rows) in {*dcd.WHOLE, *dcd.ENGINES}
+    assert dcd.fastest("cpu", 64) == "naive" and dcd.fastest("cpu", 8192) == "tiled"
 
 
 def test_forms_that_are_not_there() -> None:
     z_s, z_t = embeddings(4, "random")
     with pytest.raises(ValueError, match=r"got 'fast', expected auto, naive"):
-        fused.dcd(z_s, z_t, torch.tensor(1.0), form="fast")
+        dcd.dcd(z_s, z_t, torch.tensor(1.0), form="fast")
     if not torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
         with pytest.raises(ValueError, match="triton runs on a GPU"):
-            fused.dcd(z_s, z_t, torch.tensor(1.0), form="triton")
+            dcd.dcd(z_s, z_t, torch.tensor(1.0), form="triton")
 
 
 def test_a_single_row_is_zero_and_says_so() -> None:
     z_s, z_t = embeddings(1, "random")
     for form in ("naive", "tiled"):
         with pytest.warns(UserWarning, match="single row"):
-            found = evaluate(lambda *z: fused.dcd(*z, form=form).loss, z_s, z_t, torch.tensor(5.0))  # noqa: B023
+            found = evaluate(lambda *z: dcd.dcd(*z, form=form).loss, z_s, z_t, torch.tensor(5.0))  # noqa: B023
         assert all(each.abs().max() == 0 for each in found)
 
 
@@ -252,7 +250,7 @@ def test_a_single_row_is_zero_and_says_so() -> None:
 def test_no_rows_are_no_loss(form: str) -> None:
     """A process without a share of the batch still goes through the backward pass, and adds nothing."""
     found = evaluate(
-        lambda *z: fused.dcd(*z, form=form, divisor=0.5).loss,
+        lambda *z: dcd.dcd(*z, form=form, divisor=0.5).loss,
         torch.zeros(0, 4),
         torch.zeros(0, 4),
         torch.tensor(5.0),
@@ -263,10 +261,10 @@ def test_no_rows_are_no_loss(form: str) -> None:
 def test_a_bias_changes_nothing() -> None:
     z_s, z_t = embeddings(12, "random")
     b = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    loss = losses.dcd(z_s, z_t, torch.tensor(5.0), b=b).loss
+    loss = reference.dcd(z_s, z_t, torch.tensor(5.0), b=b).loss
     loss.backward()
     assert b.grad is not None and abs(float(b.grad)) < 1e-15
-    torch.testing.assert_close(loss.detach(), losses.dcd(z_s, z_t, torch.tensor(5.0)).loss)
+    torch.testing.assert_close(loss.detach(), reference.dcd(z_s, z_t, torch.tensor(5.0)).loss)
 
 
 def test_kd_is_hintons() -> None:
@@ -278,10 +276,10 @@ def test_kd_is_hintons() -> None:
         return 16 * (p * (p.log() - q.log())).sum() / 31
 
     exact = evaluate(hinton, student)
-    found = evaluate(lambda logits: losses.kd(logits, teacher, 4.0), student)
+    found = evaluate(lambda logits: reference.kd(logits, teacher, 4.0), student)
     for ours, theirs in zip(found, exact, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
-    low = evaluate(lambda logits: losses.kd(logits.bfloat16(), teacher.bfloat16(), 4.0), student.float())
+    low = evaluate(lambda logits: reference.kd(logits.bfloat16(), teacher.bfloat16(), 4.0), student.float())
     assert error(low, exact)[0] < 0.02, "computed in float32, whatever it is given"
 
 
@@ -314,7 +312,7 @@ def test_gradients_of_both_heads(form: str, masked: bool) -> None:
 
 def test_a_zero_row_has_a_bounded_gradient() -> None:
     features = torch.zeros(4, 8, requires_grad=True)
-    losses.normalize(features).sum().backward()
+    reference.normalize(features).sum().backward()
     assert features.grad is not None and features.grad.abs().max() <= 1.001e6
 
 

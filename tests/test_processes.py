@@ -27,7 +27,7 @@ from fastdcd.train import train
 
 # A server that has imported everything forks each process: torch alone takes seconds to import.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["fastdcd.train", "fastdcd.filling", "torch._dynamo"])  # DDP imports the last
+FORK.set_forkserver_preload(["fastdcd.train", "fastdcd.cache.fill", "torch._dynamo"])  # DDP imports the last
 
 # A student whose result does not depend on how a batch is shared out, and one that spoils steps.
 STUDENTS = """

@@ -19,19 +19,20 @@ import ranks
 import torch
 from conftest import BOTH, Digits, absent, forget_accelerate, run_program
 
-from fastdcd import config, models, weights
+from fastdcd import config, config_file, models, weights
 from fastdcd.profiler import alternatives, measure
 from fastdcd.profiler.projection import project, step_seconds
 from fastdcd.profiler.verdict import verdict
 from fastdcd.train import train
-from pipelines import prefetch, torch_loader
+from pipelines import prefetch
 from pipelines.base import LoaderOptions, open_loader
+from pipelines.loaders import torch_loader
 from pipelines.plan import EpochPlan
 from pipelines.views import Center
 
 # As in test_processes.py: a server that has imported everything forks each process.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["fastdcd.train", "fastdcd.filling", "torch._dynamo"])
+FORK.set_forkserver_preload(["fastdcd.train", "fastdcd.cache.fill", "torch._dynamo"])
 TOOL = "tools/profile_throughput.py"
 
 
@@ -130,7 +131,7 @@ def test_photographs_that_decode_slowly_are_named_and_converting_them_gains_what
     views = {"family": "random_resized_crop"}
     data = {**FILES, **folders, "batch_size": 16}
     file = digits.file(tmp_path / "photos.yaml", data=data, views=views, student=STUDENT, teacher=NONE)
-    profile = found(config.load(file))
+    profile = found(config_file.load(file))
     assert profile["verdict"]["kind"] == "decode-bound", profile["verdict"]
     advice = next(each for each in profile["verdict"]["advice"] if "data.backend=ffcv" in each["settings"])
     for command in advice["command"].split(" && "):
@@ -194,8 +195,8 @@ def check_gain(before: dict[str, Any], file: Path, advice: dict[str, Any]) -> No
     profiles = iter([before])
 
     def turn() -> tuple[float, float]:
-        now = next(profiles, None) or found(config.load(file))
-        after = found(config.load(file, advice["settings"]))
+        now = next(profiles, None) or found(config_file.load(file))
+        after = found(config_file.load(file, advice["settings"]))
         promises = [each["gain"] for each in now["verdict"]["advice"] if each["settings"] == advice["settings"]]
         return after["images_per_second"] / now["images_per_second"], (promises or [advice["gain"]])[0]
 
@@ -209,7 +210,7 @@ def test_a_loss_over_many_rows_is_named_and_another_form_gains_what_was_promised
     many = {"backend": "synthetic", "train": "6000x10", "val": "200x10", "batch_size": 2048}
     sections = {"data": many, "teacher": {"mode": "online"}, "loss": {**BOTH, "form": "naive"}}
     file = digits.file(tmp_path / "many.yaml", **sections, student={"image_size": 4})
-    profile = found(config.load(file))
+    profile = found(config_file.load(file))
     assert profile["verdict"]["kind"] == "loss-bound", profile["verdict"]
     advice = profile["verdict"]["advice"][0]
     assert advice["settings"] == ("loss.form=auto",) and advice["gain"] > 1
@@ -220,7 +221,7 @@ def test_a_batch_that_is_too_small_is_named_and_a_larger_one_gains_what_was_prom
     digits: Digits, tmp_path: Path
 ) -> None:
     file = digits.file(tmp_path / "small.yaml", data={"batch_size": 2}, student=STUDENT, teacher=NONE)
-    profile = found(config.load(file))
+    profile = found(config_file.load(file))
     assert profile["verdict"]["kind"] == "small-batch", profile["verdict"]
     advice = profile["verdict"]["advice"][0]
     assert advice["settings"] == ("data.batch_size=4",)
@@ -234,19 +235,19 @@ def often_evaluated(digits: Digits, tmp_path: Path) -> Path:
 
 
 def test_evaluation_that_takes_most_of_a_run_is_named(digits: Digits, tmp_path: Path) -> None:
-    profile = found(config.load(often_evaluated(digits, tmp_path)))
+    profile = found(config_file.load(often_evaluated(digits, tmp_path)))
     assert profile["verdict"]["kind"] == "evaluation-bound", profile["verdict"]
 
 
 def test_evaluating_less_often_gains_what_was_promised(digits: Digits, tmp_path: Path) -> None:
     file = often_evaluated(digits, tmp_path)
-    advice = found(config.load(file))["verdict"]["advice"][0]
+    advice = found(config_file.load(file))["verdict"]["advice"][0]
     assert advice["settings"] == ("eval.every=5",)
 
     def seconds(turn: int, *settings: str) -> float:
         """Of a run, from when everything is built to its end."""
         run = tmp_path / f"{turn}-{len(settings)}"
-        train(config.load(file, [*settings, f"run.dir={run}"]))
+        train(config_file.load(file, [*settings, f"run.dir={run}"]))
         forget_accelerate()
         return (run / "student.safetensors").stat().st_mtime - (run / "config.yaml").stat().st_mtime
 
@@ -264,7 +265,7 @@ def profile_with_a_slow_rank(file: Path, out: Path) -> None:
     if os.environ["RANK"] == "1":
         prefetch.prefetch = late(prefetch.prefetch, 0.05)
     measure.LEAST, alternatives.ROUNDS = 8, 1
-    profile = measure.profile(config.load(file), seconds=1)
+    profile = measure.profile(config_file.load(file), seconds=1)
     if os.environ["RANK"] == "0":
         out.write_text(json.dumps({**profile, "verdict": verdict(profile)}))
 

@@ -12,7 +12,7 @@ import torch
 from conftest import BOTH, ROOT, Digits, forget_accelerate, metric_lines, run_program
 from safetensors.torch import load_file
 
-from fastdcd import config, models, weights
+from fastdcd import config, config_file, models, weights
 from fastdcd.train import train
 
 # Loss of 20 steps of DCD + KD on digits, CPU, float32. A change that moves it changes training itself.
@@ -50,7 +50,7 @@ def fill_and_train(digits: Digits, folder: Path, *, views: int, dtype: str, **se
     file = digits.file(folder / "cached.yaml", **given)
     ran = run_program("tools/cache_teacher.py", "fill", "--config", file)
     assert ran.code == 0, ran.err
-    train(config.load(file))
+    train(config_file.load(file))
     return folder / "run"
 
 
@@ -140,7 +140,7 @@ def test_results_of_a_run(digits: Digits, tmp_path: Path) -> None:
         assert named <= line.keys() and {"images_per_second", "data_wait"} <= line.keys()
         assert 0 <= line["data_wait"] <= 1
     assert [line["epoch"] for line in metric_lines(run, "eval")] == [0, 1, 2]
-    again = config.load(run / "config.yaml")
+    again = config_file.load(run / "config.yaml")
     assert again == digits.config(run, loss=BOTH, teacher={"mode": "online"}, run={"trackers": ["tensorboard"]})
 
 
@@ -302,11 +302,11 @@ def test_every_config_trains(digits: Digits, tmp_path: Path, path: Path, untrain
         "student.image_size=16",
         "teacher.image_size=16",
     ]
-    teacher = config.load(path).teacher
+    teacher = config_file.load(path).teacher
     if teacher.model:
         mode = "online" if teacher.mode == "cached" else teacher.mode
         overrides += [f"teacher.checkpoint={untrained(teacher.model)}", f"teacher.mode={mode}"]
-    assert train(config.load(path, overrides))["step"] == 2
+    assert train(config_file.load(path, overrides))["step"] == 2
     shutil.rmtree(tmp_path)  # checkpoints of all configs together would fill a disk
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
 
-from fastdcd import cli, config, filling
+from fastdcd import cli, config, config_file
+from fastdcd.cache import fill as filling
 
 
 def main() -> int:
@@ -25,7 +26,7 @@ def main() -> int:
         ("verify", "compare every block with its checksum; exit 1 if one differs"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        config.add_arguments(command)
+        config_file.add_arguments(command)
         if name == "estimate":
             command.add_argument(
                 "--seconds",
@@ -39,7 +40,7 @@ def main() -> int:
                 "--repair", action="store_true", help="first find damaged rows and write them again"
             )
     arguments = parser.parse_args()
-    cfg = config.load(arguments.config, arguments.set)
+    cfg = config_file.load(arguments.config, arguments.set)
     return {"estimate": estimate, "fill": fill, "verify": verify}[arguments.command](cfg, arguments)
 
 

@@ -22,16 +22,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastdcd import cli, config
+from fastdcd import cli, config_file
 from fastdcd.experiment import open_set
 from fastdcd.teacher import Teacher, load_teacher
 from pipelines.base import Loader, LoaderOptions, open_loader
-from pipelines.beton import read_layout
 from pipelines.files import write_json
-from pipelines.index import user_cache
+from pipelines.formats.beton import read_layout
+from pipelines.formats.shards import INDEX, ShardReader
+from pipelines.image_folder import user_cache
+from pipelines.images import decode, render
 from pipelines.plan import Rendering, Work
-from pipelines.shards import INDEX, ShardReader
-from pipelines.torch_loader import decode, render
 from pipelines.views import Boxes, Center, RandomResizedCrop, ViewFamily
 
 CROPS: dict[str, ViewFamily] = {"train": RandomResizedCrop(), "centre": Center()}
@@ -191,7 +191,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, metavar="FILE", help="an experiment, for its teacher and classes")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value")
     arguments = parser.parse_args()
-    settings = config.load(arguments.config, arguments.set) if arguments.config else None
+    settings = config_file.load(arguments.config, arguments.set) if arguments.config else None
     if arguments.images < 1 or arguments.size < 1:
         raise ValueError("--images and --size: expected 1 or more")
     teacher = None

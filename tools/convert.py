@@ -9,12 +9,13 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
 
 from fastdcd import cli
-from pipelines import conversion
-from pipelines.beton import index_folder
-from pipelines.encode import Storage
-from pipelines.index import DatasetIndex, read_classes
-from pipelines.ledger import REJECTS
-from pipelines.sources import Sources, open_sources
+from pipelines.conversion.encode import Storage
+from pipelines.conversion.job import SHARD, WHOLE, Job, Part, to_beton, to_resident, to_shards
+from pipelines.conversion.journal import REJECTS
+from pipelines.conversion.sources import Sources, open_sources
+from pipelines.formats.beton import index_folder
+from pipelines.image_folder import read_classes
+from pipelines.index import DatasetIndex
 
 _EPILOG = """example:
   python tools/convert.py resident data/cifar-100-python.tar.gz/train data/cifar100-resident/train
@@ -34,8 +35,8 @@ def _sources(arguments: argparse.Namespace) -> Sources:
     return sources.limit(arguments.limit) if arguments.limit else sources
 
 
-def _job(arguments: argparse.Namespace) -> conversion.Job:
-    return conversion.Job(
+def _job(arguments: argparse.Namespace) -> Job:
+    return Job(
         sources=_sources(arguments),
         out=arguments.out,
         workers=arguments.workers,
@@ -50,20 +51,20 @@ def _storage(arguments: argparse.Namespace, jpeg: float) -> Storage:
 
 def ffcv(arguments: argparse.Namespace) -> int:
     job = _job(arguments)
-    return _report(job, index_folder(job.out), conversion.to_beton(job, _storage(arguments, arguments.jpeg_share)))
+    return _report(job, index_folder(job.out), to_beton(job, _storage(arguments, arguments.jpeg_share)))
 
 
 def shards(arguments: argparse.Namespace) -> int:
     job = _job(arguments)
-    return _report(job, job.out, conversion.to_shards(job, _storage(arguments, 1.0), arguments.shard_size))
+    return _report(job, job.out, to_shards(job, _storage(arguments, 1.0), arguments.shard_size))
 
 
 def resident(arguments: argparse.Namespace) -> int:
     job = _job(arguments)
-    return _report(job, job.out, conversion.to_resident(job, arguments.size))
+    return _report(job, job.out, to_resident(job, arguments.size))
 
 
-def _report(job: conversion.Job, folder: Path, index: DatasetIndex | None) -> int:
+def _report(job: Job, folder: Path, index: DatasetIndex | None) -> int:
     if index is None:
         print(f"{job.out}: this part is done; the run that finds all shards there writes the index")
         return 0
@@ -88,12 +89,12 @@ def _count(text: str) -> int:
     return value
 
 
-def _part(text: str) -> conversion.Part:
+def _part(text: str) -> Part:
     number, slash, of = text.partition("/")
     if not slash:
         raise ValueError
     try:
-        return conversion.Part(number=int(number), of=int(of))
+        return Part(number=int(number), of=int(of))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -124,7 +125,7 @@ def main() -> int:
     common.add_argument(
         "--shard",
         type=_part,
-        default=conversion.WHOLE,
+        default=WHOLE,
         metavar="I/N",
         help="convert part I of N, counted from 0: shards go to one folder, others become datasets of their own",
     )
@@ -148,7 +149,7 @@ def main() -> int:
     command = formats.add_parser("shards", parents=[common, images], help="WebDataset tars (backend: dali)")
     command.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     command.add_argument(
-        "--shard-size", type=_positive, default=conversion.SHARD, metavar="N", help="images a tar (default 1000)"
+        "--shard-size", type=_positive, default=SHARD, metavar="N", help="images a tar (default 1000)"
     )
     command.set_defaults(run=shards)
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from fastdcd import cli, config, train
+from fastdcd import cli, config_file, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -82,7 +82,7 @@ def distil(student: str, seed: int) -> None:
         f"\n$ python fastdcd/train.py --config configs/digits/{student}.yaml --set {' '.join(settings)}",
         flush=True,
     )
-    train.train(config.load(Path(f"configs/digits/{student}.yaml"), settings))
+    train.train(config_file.load(Path(f"configs/digits/{student}.yaml"), settings))
 
 
 def summary(run: str) -> dict[str, float]:

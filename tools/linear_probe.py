@@ -12,11 +12,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import fr
 
 import torch
 
-from fastdcd import cli, config, probe
+from fastdcd import cli, config, config_file, linear_probe
 from fastdcd.evaluate import Accuracy
 from pipelines.base import LoaderOptions
-from pipelines.index import user_cache
-from pipelines.layouts import open_pair
+from pipelines.image_folder import user_cache
+from pipelines.published_datasets import open_pair
 
 
 class Row(NamedTuple):
@@ -51,9 +51,9 @@ def main() -> int:
         metavar="DIR",
         help="train/ and val/ or test/ of class folders or converted, STL-10's binary files, or Tiny ImageNet",
     )
-    config.add_overrides(parser)
+    config_file.add_overrides(parser)
     arguments = parser.parse_args()
-    jobs = [(path, probe.settings(path, arguments.set)) for path in arguments.checkpoint]
+    jobs = [(path, linear_probe.settings(path, arguments.set)) for path in arguments.checkpoint]
     rows = [run(path, data, cfg) for data in arguments.data for path, cfg in jobs]
     print(table(rows))
     return 0
@@ -64,15 +64,15 @@ def run(checkpoint: Path, data: Path, cfg: config.Probe) -> Row:
     device = torch.device(cfg.data.device if cfg.data.device != "auto" else _best_device())
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("data.device: got cuda, but torch finds no GPU; set data.device=cpu or auto")
-    frozen = probe.load_frozen(cfg.student, checkpoint, device)
+    frozen = linear_probe.load_frozen(cfg.student, checkpoint, device)
     train, test = open_pair(data, LoaderOptions(workers=cfg.data.workers, device=device, index_cache=user_cache()))
     with train, test:
         parts = [
-            probe.extract(frozen, loader, crop_ratio=cfg.data.crop_ratio, device=device)
+            linear_probe.extract(frozen, loader, crop_ratio=cfg.data.crop_ratio, device=device)
             for loader in (train, test)
         ]
         classes = len(train.index.classes)
-    classifier = probe.fit(parts[0], classes=classes, cfg=cfg)
+    classifier = linear_probe.fit(parts[0], classes=classes, cfg=cfg)
     return Row(
         checkpoint=checkpoint,
         data=data,
@@ -80,7 +80,7 @@ def run(checkpoint: Path, data: Path, cfg: config.Probe) -> Row:
         test_images=len(parts[1].labels),
         classes=classes,
         features=parts[0].features.shape[1],
-        accuracy=probe.accuracy(classifier, parts[1]),
+        accuracy=linear_probe.accuracy(classifier, parts[1]),
         seconds=time.perf_counter() - started,
     )
 

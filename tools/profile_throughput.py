@@ -12,7 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import fr
 
 from accelerate import PartialState
 
-from fastdcd import cli, config
+from fastdcd import cli, config_file
 from fastdcd.profiler import measure, page, projection, table
 from fastdcd.profiler.verdict import verdict
 from pipelines.files import replace_file, write_json
@@ -37,7 +37,7 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=Path, metavar="FILE", help="the experiment's YAML file")
     what.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two files written by --json")
-    config.add_overrides(parser)
+    config_file.add_overrides(parser)
     parser.add_argument(
         "--seconds", type=_positive, default=60.0, metavar="S", help="measure about S (default 60)"
     )
@@ -59,7 +59,7 @@ def main() -> int:
         if output is not None and not output.absolute().parent.is_dir():
             raise ValueError(f"{output}: its folder does not exist; make it first")
     found = measure.profile(
-        config.load(arguments.config, arguments.set),
+        config_file.load(arguments.config, arguments.set),
         seconds=arguments.seconds,
         quick=arguments.quick,
         trace=arguments.trace,

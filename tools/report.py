@@ -11,8 +11,8 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
 
-from fastdcd import cli, pages
-from fastdcd.pages import Line
+from fastdcd import cli, html_report
+from fastdcd.html_report import Line
 from fastdcd.profiler.table import duration
 from pipelines.files import replace_file
 
@@ -108,15 +108,15 @@ def page(runs: list[Run]) -> str:
         lines = [line for run in runs if (line := run.curve(value, kind)).points]
         if not any(y for line in lines for _, y in line.points):
             continue  # no run has it, or nothing ever happened
-        figure = pages.chart(lines, x="step", y=unit, key=key)
-        cards.append(pages.card(title, figure, name=value))
+        figure = html_report.chart(lines, x="step", y=unit, key=key)
+        cards.append(html_report.card(title, figure, name=value))
     head = ("", "top-1, %", "best, %", "epochs", "steps", "training", "images/s", "data wait", "parameters")
     parts = [
-        pages.card("Runs", pages.table(head, [_row(run) for run in runs], coloured=True), name="runs"),
-        pages.grid(cards),
+        html_report.card("Runs", html_report.table(head, [_row(run) for run in runs], coloured=True), name="runs"),
+        html_report.grid(cards),
     ]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    return pages.document(
+    return html_report.document(
         title, "images/s and waiting for data are medians over the lines of metrics.jsonl", parts
     )
 

@@ -14,14 +14,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from fastdcd.config import Config
-from fastdcd.distill import LossInputs, Term
+from fastdcd.losses.terms import LossInputs, Term
 from fastdcd.models import ModelOutput
 from fastdcd.profiler import reading
 from fastdcd.profiler.clock import Clock, call_seconds
 from fastdcd.profiler.steps import WARM_UP, Bench, enough, in_bf16, plain, run_steps
 from fastdcd.teacher import Teacher
 from pipelines.index import DatasetIndex
-from pipelines.synthetic import SyntheticLoader
+from pipelines.loaders.synthetic import SyntheticLoader
 
 ROUNDS = 3  # turns of each way to train the student
 MOST = 400  # steps of a turn

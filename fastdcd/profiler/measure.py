@@ -33,10 +33,10 @@ from fastdcd.profiler.steps import Bench, enough, plain, run_steps, set_up
 from fastdcd.profiler.verdict import WAITING
 from fastdcd.teacher_modes import open_mode
 from pipelines.base import Loader
+from pipelines.loaders.replay import ReplayLoader
+from pipelines.loaders.synthetic import SyntheticLoader
 from pipelines.plan import EpochPlan, Work
 from pipelines.prefetch import prefetch
-from pipelines.replay import ReplayLoader
-from pipelines.synthetic import SyntheticLoader
 from pipelines.views import Center
 
 FORMAT = "fastdcd-profile-2"

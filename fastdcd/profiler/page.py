@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdcd import pages
+from fastdcd import html_report
 from fastdcd.profiler.table import duration
 from fastdcd.profiler.verdict import evaluation_share
 
@@ -39,7 +39,7 @@ def page(profile: dict[str, Any]) -> str:
     total = sum(stages.values())
     wait = stages.get("data_wait", 0.0) / total
     parts = [
-        pages.tiles(
+        html_report.tiles(
             {
                 "images a second": f"{profile['images_per_second']:,.0f}",
                 "step": f"{1000 * profile['step']['mean']:.1f} ms",
@@ -48,9 +48,9 @@ def page(profile: dict[str, Any]) -> str:
             }
         ),
         _verdict(profile["verdict"]),
-        pages.card(
+        html_report.card(
             "One step, stage by stage",
-            pages.waterfall(
+            html_report.waterfall(
                 [
                     (_name(key), 1000 * each, f"{1000 * each:.2f} ms, {each / total:.0%}")
                     for key, each in stages.items()
@@ -60,12 +60,12 @@ def page(profile: dict[str, Any]) -> str:
             "work that hides behind it does not show.",
             name="waterfall",
         ),
-        pages.grid(
+        html_report.grid(
             [
-                pages.card("Waiting for data", _waits(waits), note=_WAITS, name="waits"),
-                pages.card("Ceilings", _ceilings(profile), note=_CEILINGS, name="ceilings"),
-                pages.card("Memory", _memory(profile["memory"]), name="memory"),
-                pages.card(
+                html_report.card("Waiting for data", _waits(waits), note=_WAITS, name="waits"),
+                html_report.card("Ceilings", _ceilings(profile), note=_CEILINGS, name="ceilings"),
+                html_report.card("Memory", _memory(profile["memory"]), name="memory"),
+                html_report.card(
                     "Beside the steps",
                     _beside(profile),
                     note=_BESIDE if profile["cold"]["read_seconds_an_image"] else "",
@@ -73,12 +73,12 @@ def page(profile: dict[str, Any]) -> str:
                 ),
             ]
         ),
-        pages.card(
+        html_report.card(
             "Processes", _ranks(profile["ranks"]), note=_RANKS if len(profile["ranks"]) > 1 else "", name="ranks"
         ),
-        pages.card("Projection to ImageNet", _projection(profile), note=_PROJECTION, name="projection"),
+        html_report.card("Projection to ImageNet", _projection(profile), note=_PROJECTION, name="projection"),
     ]
-    return pages.document("Where the time goes", subtitle, parts)
+    return html_report.document("Where the time goes", subtitle, parts)
 
 
 _WAITS = "How long each step waited for its batch; heights are square roots of counts."
@@ -114,33 +114,33 @@ def _verdict(found: dict[str, Any]) -> str:
 def _waits(waits: list[float]) -> str:
     milliseconds = [1000 * each for each in waits]
     marks = dict(zip(("p50", "p95", "p99"), np.percentile(milliseconds, (50, 95, 99)).tolist(), strict=True))
-    return pages.histogram(milliseconds, marks, unit="ms")
+    return html_report.histogram(milliseconds, marks, unit="ms")
 
 
 def _ceilings(profile: dict[str, Any]) -> str:
     own = profile["images_per_second"]
     rows = [("this run", f"{own:,.0f}", "1.00")]
     rows += [
-        (name.replace("_", " "), f"{rate:,.0f}", pages.number(rate / own))
+        (name.replace("_", " "), f"{rate:,.0f}", html_report.number(rate / own))
         for name, rate in profile["ceilings"].items()
     ]
-    body = pages.table(("", "images/s", "times"), rows)
+    body = html_report.table(("", "images/s", "times"), rows)
     loading = profile["loader_seconds_an_image"]
     parts = [
         (name, value, f"{value / loading['loader']:.0%}") for name, value in loading.items() if name != "loader"
     ]
     if len(parts) > 1:
-        body += '<p class="small" style="margin-top:14px">The loader\'s own time</p>' + pages.stack(parts)
+        body += '<p class="small" style="margin-top:14px">The loader\'s own time</p>' + html_report.stack(parts)
     return body
 
 
 def _memory(memory: dict[str, Any]) -> str:
     names = ("student", "gradients", "optimizer", "teacher", "activations", "images")
-    body = pages.stack([(name, memory[name], size(memory[name])) for name in names if memory[name]])
+    body = html_report.stack([(name, memory[name], size(memory[name])) for name in names if memory[name]])
     rows = [("peak of the process", size(memory["process_peak"]))]
     if memory["device_peak"] is not None:
         rows.append(("peak on the device", f"{size(memory['device_peak'])} of {size(memory['device_total'])}"))
-    return body + pages.table(("", ""), rows)
+    return body + html_report.table(("", ""), rows)
 
 
 def _beside(profile: dict[str, Any]) -> str:
@@ -157,7 +157,7 @@ def _beside(profile: dict[str, Any]) -> str:
     ):
         if seconds:
             rows.append((f"storage read, {name}", f"{processes / seconds:,.0f} images/s"))
-    return pages.table(("", ""), rows)
+    return html_report.table(("", ""), rows)
 
 
 def _ranks(ranks: list[dict[str, Any]]) -> str:
@@ -173,11 +173,11 @@ def _ranks(ranks: list[dict[str, Any]]) -> str:
         )
         for rank in ranks
     ]
-    body = pages.table(("", "step, ms", *map(_name, shown)), rows)
+    body = html_report.table(("", "step, ms", *map(_name, shown)), rows)
     if len(ranks) == 1:
         return body
     bars = [(f"rank {rank['rank']}", [1000 * rank["stages"].get(name, 0.0) for name in shown]) for rank in ranks]
-    return pages.stacks(bars, [_name(name) for name in shown]) + body
+    return html_report.stacks(bars, [_name(name) for name in shown]) + body
 
 
 def _projection(profile: dict[str, Any]) -> str:
@@ -192,7 +192,7 @@ def _projection(profile: dict[str, Any]) -> str:
         for row in profile["projection"]
     ]
     epochs = profile["about"]["epochs"]
-    return pages.table(("devices", "images/s", "epoch", f"{epochs} epochs", "cost"), rows)
+    return html_report.table(("devices", "images/s", "epoch", f"{epochs} epochs", "cost"), rows)
 
 
 def size(count: float) -> str:

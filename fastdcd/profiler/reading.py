@@ -20,12 +20,13 @@ import numpy as np
 
 from fastdcd import experiment
 from fastdcd.config import Config
-from pipelines import conversion
 from pipelines.base import Loader, LoaderOptions, open_loader
-from pipelines.encode import Storage
-from pipelines.index import DatasetIndex, read_classes
+from pipelines.conversion.encode import Storage
+from pipelines.conversion.job import Job, to_beton
+from pipelines.conversion.sources import open_sources
+from pipelines.image_folder import read_classes
+from pipelines.index import DatasetIndex
 from pipelines.plan import EpochPlan, Rendering, Work
-from pipelines.sources import open_sources
 
 LEAST, ROUNDS = 4, 3  # batches of a measurement, measurements of each kind
 CONVERTED, CONVERTED_SIZE = 128, 256  # images of a trial conversion; their longest side, pixels
@@ -88,9 +89,9 @@ def converted_seconds(config: Config, sizes: tuple[int, ...], seconds: float) ->
     sources = open_sources(section.train, classes).limit(CONVERTED)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trial.beton"
-        job = conversion.Job(sources=sources, out=file, workers=section.workers)
+        job = Job(sources=sources, out=file, workers=section.workers)
         try:
-            index = conversion.to_beton(job, Storage(max_size=CONVERTED_SIZE))
+            index = to_beton(job, Storage(max_size=CONVERTED_SIZE))
             loader = open_loader("ffcv", file, LoaderOptions(workers=section.workers))
         except (ImportError, ValueError):
             return None

@@ -15,10 +15,12 @@ from torch.optim import Optimizer
 
 from fastdcd import experiment
 from fastdcd.config import Config
-from fastdcd.distill import DistillModule, LossInputs
+from fastdcd.distill import DistillModule
 from fastdcd.guard import GuardedStep
-from fastdcd.optim import build_optimizer, learning_rate, set_learning_rate
+from fastdcd.losses.terms import LossInputs
+from fastdcd.optim import build_optimizer
 from fastdcd.profiler.clock import Clock
+from fastdcd.schedule import learning_rate, set_learning_rate
 from fastdcd.teacher import Teacher
 from fastdcd.teacher_modes import NoTeacher, TeacherMode
 from fastdcd.train import backward

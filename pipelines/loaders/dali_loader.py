@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
-from pipelines.encode import Pixels, read_pixels
-from pipelines.index import DatasetIndex, index_image_folder
+from pipelines.formats.shards import INDEX, ShardReader
+from pipelines.image_folder import index_image_folder
+from pipelines.images import Encoded, Pixels, is_plain_jpeg, read_pixels
+from pipelines.index import DatasetIndex
 from pipelines.plan import Work
-from pipelines.shards import INDEX, ShardReader
 
-Encoded = NDArray[np.uint8]  # [length] an encoded file
 Fetched = tuple[list[Encoded], list[DecodeError]]  # files for DALI, and what is wrong with those shown black
 Fetch = Callable[[NDArray[np.int64]], Fetched]
 
@@ -462,33 +462,3 @@ def _as_ppm(pixels: Pixels) -> Encoded:
     height, width = pixels.shape[:2]
     header = np.frombuffer(f"P6 {width} {height} 255\n".encode(), np.uint8)
     return np.concatenate([header, pixels.reshape(-1)])
-
-
-_SOI, _SOS, _ADOBE = 0xD8, 0xDA, 0xEE  # JPEG markers
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_YCBCR = 1  # Adobe's colour transform of ordinary colour JPEGs
-
-
-def is_plain_jpeg(data: Encoded) -> bool:
-    """A colour JPEG with the ordinary colour transform: every decoder shows it the same way.
-
-    Walks the headers (ITU T.81, annex B), some microseconds.
-    """
-    head = data[:2].tobytes()
-    if head != b"\xff\xd8":
-        return False
-    at, length = 2, len(data)
-    while at + 10 < length:
-        marker = int(data[at + 1])
-        if data[at] != 0xFF or marker == _SOS:
-            return False
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
-        if marker in _FRAMES:
-            return int(data[at + 9]) == 3 and int(data[at + 4]) == 8
-        adobe = marker == _ADOBE and data[at + 4 : at + 9].tobytes() == b"Adobe"
-        if adobe and int(data[min(at + 15, length - 1)]) != _YCBCR:
-            return False
-        at += 2 + (int(data[at + 2]) << 8) + int(data[at + 3])
-    return False

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.encode import Pixels, Source, read_pixels
+from pipelines.conversion.encode import Source
+from pipelines.conversion.journal import Journal, Reject, chain, write_manifest, write_rejects
+from pipelines.images import Pixels, read_pixels, render
 from pipelines.index import DatasetIndex
-from pipelines.ledger import Journal, Reject, chain, write_manifest, write_rejects
-from pipelines.resident_loader import IMAGES
-from pipelines.torch_loader import render
+from pipelines.loaders.resident_loader import IMAGES
 from pipelines.views import Center
 
 _HEADER = 128  # bytes that NumPy's header takes for any array of images

@@ -7,26 +7,81 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdcd import config, models, weights
-from fastdcd.config import Probe, ProbeStudent
+from fastdcd import config_file, models, weights
+from fastdcd.config import STRICT, Count, Optim, Positive, Schedule
 from fastdcd.evaluate import Accuracy
-from fastdcd.optim import build_optimizer, learning_rate, set_learning_rate
+from fastdcd.optim import build_optimizer
+from fastdcd.schedule import learning_rate, set_learning_rate
 from fastdcd.teacher import Member, Teacher
 from pipelines.base import Loader
 from pipelines.plan import EpochPlan, order
 from pipelines.prefetch import prefetch
 from pipelines.views import Center
 
+
 # What the paper's protocol sets where the defaults of an experiment differ.
+@dataclass(frozen=True, kw_only=True)
+class ProbeData:
+    """How a linear probe reads its images."""
+
+    __pydantic_config__ = STRICT
+    workers: Count = 2
+    """Decoding processes, for image files."""
+    batch_size: Positive = 64
+    """Rows of one step of the classifier."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    crop_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Side of the centre crop over the shorter side of the image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeStudent:
+    """The frozen network."""
+
+    __pydantic_config__ = STRICT
+    model: str
+    """As in an experiment: torchvision:NAME, timm:NAME, cifar:NAME or path/to/file.py:callable."""
+    classes: Positive | None = None
+    """Classes it was trained on; read from the checkpoint if not given."""
+    image_size: Positive = 32
+    """Pixels."""
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeTrain:
+    """Training of the classifier."""
+
+    __pydantic_config__ = STRICT
+    epochs: Positive = 120
+    seed: int = 0
+    """Seed of the order of rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A linear probe: sections and keys mean what they mean in an experiment."""
+
+    __pydantic_config__ = STRICT
+    student: ProbeStudent
+    data: ProbeData = field(default_factory=ProbeData)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: ProbeTrain = field(default_factory=ProbeTrain)
+
+
 PROTOCOL: dict[str, Any] = {
     "student": {"image_size": 32},
     "optim": {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "decay_norms_and_biases": True},
@@ -54,19 +109,19 @@ def settings(checkpoint: Path, overrides: Sequence[str]) -> Probe:
     tree = deepcopy(PROTOCOL)
     beside = checkpoint.parent / "config.yaml"
     if beside.is_file():
-        run = config.load(beside)
+        run = config_file.load(beside)
         tree["student"] = {
             "model": run.student.model,
             "image_size": run.eval_size,
             "mean": run.student.mean,
             "std": run.student.std,
         }
-    config.override_tree(tree, overrides)
+    config_file.override_tree(tree, overrides)
     if "model" not in tree["student"]:
         raise ValueError(
             f"{checkpoint}: no config.yaml beside it that says which network it is; add --set student.model=..."
         )
-    return config.parse_as(Probe, tree, "linear probe")
+    return config_file.parse_as(Probe, tree, "linear probe")
 
 
 def load_frozen(section: ProbeStudent, checkpoint: Path, device: torch.device) -> Teacher:

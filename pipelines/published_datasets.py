@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.base import Loader, LoaderOptions, open_loader
-from pipelines.index import DatasetIndex, index_image_folder
-from pipelines.resident_loader import IMAGES, ResidentLoader
-from pipelines.torch_loader import TorchLoader
+from pipelines.image_folder import index_image_folder
+from pipelines.index import DatasetIndex
+from pipelines.loaders.resident_loader import IMAGES, ResidentLoader
+from pipelines.loaders.torch_loader import TorchLoader
 
 
 class Pair(NamedTuple):

@@ -1,6 +1,6 @@
 """Distillation losses as pure functions: DCD as the paper writes it, and Hinton's KD.
 
-These are the readable reference. `fastdcd.fused` computes the same DCD faster and in less memory.
+These are the readable reference. `fastdcd.losses.dcd` computes the same DCD faster and in less memory.
 Shapes: N rows, D embedding dimensions, C classes.
 """
 

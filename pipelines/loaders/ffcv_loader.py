@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
-from pipelines.beton import BetonLayout, import_ffcv, index_folder, read_layout
 from pipelines.files import map_file, memory_bytes, will_need
+from pipelines.formats.beton import BetonLayout, import_ffcv, index_folder, read_layout
 from pipelines.index import DatasetIndex
 from pipelines.plan import Work
 
@@ -78,7 +78,7 @@ class FFCVLoader(Loader):
         }
 
     def _execute(self, work: Work) -> Generator[Batch, None, None]:
-        from pipelines.ffcv_kernel import render_samples  # compiles, or loads what was compiled
+        from pipelines.loaders.ffcv_kernel import render_samples  # compiles, or loads what was compiled
 
         task = _Task(work, self._layout, self._file, self._decoders, render_samples)
         making: deque[_Making] = deque()

@@ -31,8 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipelines.encode import Pixels, Source
-from pipelines.index import IMAGE_SUFFIXES, SETS, DatasetIndex, list_image_folder
+from pipelines.conversion.encode import Source
+from pipelines.image_folder import IMAGE_SUFFIXES, SETS, list_image_folder
+from pipelines.images import Pixels
+from pipelines.index import DatasetIndex
 
 _GZIP = b"\x1f\x8b"
 

@@ -1,6 +1,6 @@
 """DCD with its gradient in closed form, over the rows of one process or of all, in its fastest form.
 
-With S = tau z_s z_t^T, P its row softmax, Q[i, j] = softmax over k of S[k, i] at k = j (`losses.dcd` writes
+With S = tau z_s z_t^T, P its row softmax, Q[i, j] = softmax over k of S[k, i] at k = j (`reference.dcd` writes
 both out), and rows of unit norm, so that exp(tau (s - 1)) needs no running maximum (float32: tau <= 40):
 
     R_i = sum_j exp(tau (s_ij - 1))    C_i = sum_j exp(tau (s_ji - 1))    T_i = sum_j Q_ij tau (s_ji - s_ij)
@@ -27,11 +27,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdcd import losses
-from fastdcd.tiled_dcd import Rows, Sums
+from fastdcd.losses import reference
+from fastdcd.losses.tiled import Rows, Sums
 
 # Forms with a backward pass of their own: modules with sums(rows) and gradients(rows, sums, alpha).
-ENGINES = {"tiled": "fastdcd.tiled_dcd", "triton": "fastdcd.triton_dcd"}
+ENGINES = {"tiled": "fastdcd.losses.tiled", "triton": "fastdcd.losses.triton_kernels"}
 
 # Device -> (rows up to which a form is taken, form), measured by benchmarks/fused_loss.py.
 FASTEST: dict[str, list[tuple[float, str]]] = {
@@ -50,8 +50,8 @@ def dcd(
     negatives: str = "local",
     divisor: float | None = None,
     form: str = "auto",
-) -> losses.DCD:
-    """DCD (arXiv 2407.11802) of this process's rows: `losses.dcd`, faster, and against all processes' rows.
+) -> reference.DCD:
+    """DCD (arXiv 2407.11802) of this process's rows: `reference.dcd`, faster, and against all processes' rows.
 
     Args:
         z_s, z_t: unit-norm embeddings [n, D] of student and teacher; n may differ between processes, or be 0.
@@ -84,10 +84,10 @@ def dcd(
         chosen = "tiled"
     if chosen in WHOLE:
         loss, contrast, consist = WHOLE[chosen](z_s, z_t, tau, alpha=alpha, labels=labels, divisor=divisor)
-        return losses.DCD(loss, contrast.detach(), consist.detach())
-    z_s, z_t = losses.wide(z_s), losses.wide(z_t)
+        return reference.DCD(loss, contrast.detach(), consist.detach())
+    z_s, z_t = reference.wide(z_s), reference.wide(z_t)
     place = _Place(processes, capacity, uneven=processes > 1 and divisor != capacity)
-    return losses.DCD(*_Fused.apply(z_s, z_t, tau, labels, alpha, divisor, place, _engine(chosen)))
+    return reference.DCD(*_Fused.apply(z_s, z_t, tau, labels, alpha, divisor, place, _engine(chosen)))
 
 
 def fastest(device: str, rows: int) -> str:
@@ -107,13 +107,13 @@ def _engine(form: str) -> ModuleType:
 
 
 @functools.cache
-def _compiled() -> Callable[..., losses.DCD]:
-    return torch.compile(losses.dcd, dynamic=True)
+def _compiled() -> Callable[..., reference.DCD]:
+    return torch.compile(reference.dcd, dynamic=True)
 
 
 # Forms that write the N x N matrix of one process's rows out and leave the gradient to autograd.
-WHOLE: dict[str, Callable[..., losses.DCD]] = {
-    "naive": losses.dcd,
+WHOLE: dict[str, Callable[..., reference.DCD]] = {
+    "naive": reference.dcd,
     "compiled": lambda *args, **kwargs: _compiled()(*args, **kwargs),
 }
 

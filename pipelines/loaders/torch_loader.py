@@ -14,15 +14,13 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
-from pipelines.index import DatasetIndex, index_image_folder
+from pipelines.image_folder import index_image_folder
+from pipelines.images import decode, render
+from pipelines.index import DatasetIndex
 from pipelines.plan import Work
 
 
@@ -129,37 +127,3 @@ class _Executor(Dataset[_Made]):
                 "index was made",
             )
         return image
-
-
-# torchvision.io knows these by their first bytes; everything else goes to Pillow.
-_TORCHVISION_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8")
-
-
-def decode(data: bytes) -> Tensor:
-    """Decode an encoded image to uint8 [3, H, W] RGB, without EXIF rotation.
-
-    Raises RuntimeError, OSError or ValueError (of the decoding library) for damaged data.
-    """
-    if data.startswith(_TORCHVISION_MAGIC):
-        # a copy, since torch wants writable memory
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        if image.ndim == 3 and image.dtype == torch.uint8:
-            return image
-    return decode_with_pillow(data)
-
-
-def decode_with_pillow(data: bytes) -> Tensor:
-    """The same by Pillow: slower, knows more formats, and the oracle that tests hold decoders against."""
-    import io
-
-    with Image.open(io.BytesIO(data)) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def render(image: Tensor, box: NDArray[np.int32], flip: bool, size: int) -> Tensor:
-    """Crop `box` (top, left, height, width) of uint8 [3, H, W], resize to [3, size, size], mirror."""
-    top, left, height, width = (int(value) for value in box)
-    crop = F.crop_image(image, top, left, height, width)  # fills with 0 outside the image
-    if (height, width) != (size, size):
-        crop = F.resize_image(crop, [size, size], interpolation=InterpolationMode.BILINEAR, antialias=True)
-    return F.horizontal_flip_image(crop) if flip else crop

@@ -25,12 +25,13 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from pipelines import beton, resident_writer, shards
-from pipelines.encode import Source, Storage
+from pipelines.conversion import beton_writer, resident_writer, shard_writer
+from pipelines.conversion.encode import Source, Storage
+from pipelines.conversion.journal import MANIFEST, Reject, finished, other_settings, write_manifest, write_rejects
+from pipelines.conversion.sources import Sources
 from pipelines.files import say_when_full, write_json
+from pipelines.formats import beton, shards
 from pipelines.index import DatasetIndex
-from pipelines.ledger import MANIFEST, Reject, finished, other_settings, write_manifest, write_rejects
-from pipelines.sources import Sources
 
 PART = 64  # sources between two marks in a journal: what a kill can cost
 SHARD = 1000  # sources a tar
@@ -191,16 +192,18 @@ def to_beton(job: Job, storage: Storage) -> DatasetIndex:
     job = job.own()
     folder = beton.index_folder(job.out)
     beton.import_ffcv()  # once, before there are workers
-    settings = beton.beton_settings(len(job.sources), storage, source=job.sources.digest)
+    settings = beton_writer.beton_settings(len(job.sources), storage, source=job.sources.digest)
     if job.out.exists():
         if not job.out.is_file() or not finished(folder, settings):
             raise ValueError(f"{job.out}: something else is there; remove it or choose another name")
         return DatasetIndex.load(folder)
     _make_folder(job.out.parent)
-    encode = functools.partial(beton.encode_record, storage=storage)
+    encode = functools.partial(beton_writer.encode_record, storage=storage)
     job.announce(estimate(job.sources, encode, lambda record: len(record.payload)))
     with say_when_full(job.out):
-        writer = beton.BetonWriter(job.out, capacity=len(job.sources), storage=storage, source=job.sources.digest)
+        writer = beton_writer.BetonWriter(
+            job.out, capacity=len(job.sources), storage=storage, source=job.sources.digest
+        )
         return _run(job, writer, encode)
 
 
@@ -257,8 +260,8 @@ def to_shards(job: Job, storage: Storage, shard_size: int = SHARD) -> DatasetInd
     with say_when_full(out):
         _claim(out, settings)
     spans = [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
-    todo = [number for number in job.part.range(len(spans)) if not shards.shard_done(out, number)]
-    encode = functools.partial(shards.encode_record, storage=storage)
+    todo = [number for number in job.part.range(len(spans)) if not shard_writer.shard_done(out, number)]
+    encode = functools.partial(shard_writer.encode_record, storage=storage)
     job.announce(estimate(job.sources, encode, lambda record: len(record.data) + 3 * 1024))
     mine = sum(len(spans[number]) for number in job.part.range(len(spans)))
     left = sum(len(spans[number]) for number in todo)
@@ -268,13 +271,13 @@ def to_shards(job: Job, storage: Storage, shard_size: int = SHARD) -> DatasetInd
             for number in todo:
                 rejects: list[Reject] = []
                 records = _split(islice(outcomes, len(spans[number])), rejects, bar)
-                shards.write_shard(out, number, records, rejects)
+                shard_writer.write_shard(out, number, records, rejects)
         finally:
             outcomes.close()
-        if not all(shards.shard_done(out, number) for number in range(len(spans))):
+        if not all(shard_writer.shard_done(out, number) for number in range(len(spans))):
             return None
-        index = shards.finish_shards(out, job.sources.classes)
-        summaries = list(shards.shard_summaries(out))
+        index = shard_writer.finish_shards(out, job.sources.classes)
+        summaries = list(shard_writer.shard_summaries(out))
         rejected = write_rejects(out, (Reject.of(row) for each in summaries for row in each["rejects"]))
         data = [each["data"] for each in summaries]
         write_manifest(out, index, settings, rejected=rejected, shards=len(data), data=data)
@@ -307,8 +310,8 @@ def _make_folder(folder: Path) -> None:
 
 
 def _split(
-    outcomes: Iterator[shards.ShardRecord | Reject], rejects: list[Reject], bar: tqdm[Any]
-) -> Iterator[shards.ShardRecord]:
+    outcomes: Iterator[shard_writer.ShardRecord | Reject], rejects: list[Reject], bar: tqdm[Any]
+) -> Iterator[shard_writer.ShardRecord]:
     for outcome in outcomes:
         bar.update()
         if isinstance(outcome, Reject):

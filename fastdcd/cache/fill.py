@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastdcd import experiment
-from fastdcd.cache import Manifest, TeacherCache, free_bytes
+from fastdcd.cache.store import Manifest, TeacherCache, free_bytes
 from fastdcd.config import Config
 from fastdcd.models import ModelOutput
 from fastdcd.optim import build_optimizer

@@ -1,12 +1,4 @@
-"""FFCV's .beton files: a streaming writer that survives kill -9, and a checked reader of their layout.
-
-FFCV's own field encoders make the bytes of a sample, and FFCV's own Loader reads the result. The layout is
-written here because FFCV's DatasetWriter needs the number of good samples in advance, hangs on a bad one,
-places samples in an order that depends on timing, and cannot resume.
-
-Layout (ffcv.types): header, field descriptors, one metadata record a sample, then data in pages (a sample
-never crosses a page), at the end the allocation table.
-"""
+"""Writing .beton files part by part, so that a conversion survives kill -9."""
 
 from __future__ import annotations
 
@@ -14,48 +6,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.encode import Source, Storage, read_pixels, shrink
+from pipelines.conversion.encode import Source, Storage, shrink
+from pipelines.conversion.journal import Journal, Reject, chain, write_manifest, write_rejects
+from pipelines.formats.beton import IMAGE, LABEL, RAW, import_ffcv, index_folder
+from pipelines.images import read_pixels
 from pipelines.index import DatasetIndex
-from pipelines.ledger import Journal, Reject, chain, write_manifest, write_rejects
 from pipelines.views import hash_key, uniform
 
 PAGE_SIZE = 1 << 23  # 8 MiB, the default of FFCV's DatasetWriter; a sample must fit into a page
-IMAGE, LABEL = "image", "label"  # the names of FFCV's ImageNet recipes
-RAW = 1  # ffcv.fields.rgb_image.IMAGE_MODES
-
-
-def import_ffcv() -> ModuleType:
-    """FFCV, without the change of torch's thread count that importing it makes.
-
-    Raises ValueError that says what to install if it is missing.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    try:
-        import ffcv
-        import ffcv.fields
-        import ffcv.reader
-        import ffcv.types
-    except ImportError as error:
-        raise ValueError(
-            f"FFCV is not installed ({error}): apt-get install pkg-config libopencv-dev libturbojpeg0-dev, "
-            "then pip install 'fastdcd[ffcv]'"
-        ) from error
-    finally:
-        torch.set_num_threads(threads)
-    return ffcv
-
-
-def index_folder(path: Path) -> Path:
-    """Where the DatasetIndex of a .beton lies: beside it."""
-    return path.with_name(f"{path.name}.index")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,61 +227,3 @@ class BetonWriter:
     def close(self) -> None:
         """Leave an unfinished file to be resumed."""
         self._file.close()
-
-
-@dataclass(frozen=True)
-class BetonLayout:
-    """Where everything is in a .beton, checked.
-
-    Attributes:
-        labels: int64 [N].
-        sizes: int32 [N, 2], height and width.
-        raw: bool [N], raw pixels rather than JPEG.
-        pointers, lengths: int64 [N], the bytes of each image in the file.
-    """
-
-    labels: NDArray[np.int64]
-    sizes: NDArray[np.int32]
-    raw: NDArray[np.bool_]
-    pointers: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-
-
-def read_layout(path: Path) -> BetonLayout:
-    """Read and check the layout of any .beton with an image and an integer label.
-
-    Raises ValueError for another kind of file, other fields, or a file that has lost its tail: FFCV itself
-    opens that and returns wrong pixels.
-    """
-    ffcv = import_ffcv()
-    broken = f"{path}: not a whole .beton file; copy or convert it again"
-    try:
-        reader = ffcv.reader.Reader(str(path))
-    except (AssertionError, ValueError, IndexError, KeyError, OSError, TypeError, MemoryError) as error:
-        raise ValueError(f"{broken} ({error})") from error
-    image_fields = [n for n, f in reader.handlers.items() if isinstance(f, ffcv.fields.RGBImageField)]
-    label_fields = [n for n, f in reader.handlers.items() if isinstance(f, ffcv.fields.IntField)]
-    if len(image_fields) != 1 or len(label_fields) != 1:
-        raise ValueError(
-            f"{path}: its fields are {', '.join(reader.field_names)}; expected one RGBImageField and one IntField"
-        )
-    if len(reader.metadata) < reader.num_samples:
-        raise ValueError(f"{broken} (it ends in its metadata)")
-    image = reader.metadata[f"f{reader.field_names.index(image_fields[0])}"]
-    labels = reader.metadata[f"f{reader.field_names.index(label_fields[0])}"].astype(np.int64)
-    pointers = image["data_ptr"].astype(np.int64)
-    table = reader.alloc_table[np.argsort(reader.alloc_table["ptr"])]
-    rows = np.searchsorted(table["ptr"], image["data_ptr"])
-    found = np.zeros(len(image), np.bool_)
-    inside = rows < len(table)
-    found[inside] = table["ptr"][rows[inside]] == image["data_ptr"][inside]
-    if not found.all():
-        raise ValueError(
-            f"{broken} (its table knows {int(found.sum()):,} of {len(image):,} images: the end is missing)"
-        )
-    lengths = table["size"][rows].astype(np.int64)
-    sizes = np.stack([image["height"], image["width"]], 1).astype(np.int32)
-    raw = image["mode"] == RAW
-    if (lengths[raw] != sizes[raw].astype(np.int64).prod(1) * 3).any():
-        raise ValueError(f"{broken} (a raw image is not as long as its height and width say)")
-    return BetonLayout(labels=labels, sizes=sizes, raw=raw, pointers=pointers, lengths=lengths)

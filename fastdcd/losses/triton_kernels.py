@@ -2,7 +2,7 @@
 
 Inputs are rounded to bfloat16, sums are float32. A program owns a block of rows, and streams a share of all
 rows past it; the shares' partial results are then added, in a fixed order. The interface is that of
-`fastdcd.tiled_dcd`. With TRITON_INTERPRET=1 the kernels run on the CPU, slowly, for tests.
+`fastdcd.losses.tiled`. With TRITON_INTERPRET=1 the kernels run on the CPU, slowly, for tests.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from fastdcd.tiled_dcd import Rows, Sums
+from fastdcd.losses.tiled import Rows, Sums
 
 # Not yet tuned on a GPU.
 BLOCK_ROWS, BLOCK_COLUMNS, WARPS, STAGES = 64, 64, 4, 2

@@ -1,20 +1,9 @@
-"""WebDataset tar shards that are also random-access files.
-
-A folder of shard-000000.tar, shard-000001.tar, ... Each sample is three members of a tar, named by its
-place in the source: 000000042.jpg, .cls (its label in decimal) and .json (name, height, width), so that
-the `webdataset` package and DALI's fn.readers.webdataset read them as they are. Beside each tar lies DALI's
-index of it (.idx) and what was left out (.json), and index/ holds the DatasetIndex: a sample's offset counts from the start of the first
-tar through all of them.
-
-A shard is written whole or not at all, and depends on its own samples only: so a converter writes shards
-in any order, in as many processes as it likes, and after a crash writes the missing ones.
-"""
+"""Writing WebDataset tar shards with DALI's index."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,16 +11,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pipelines.encode import Source, Storage, encode_jpeg
-from pipelines.files import map_file, replace_file, will_need, write_json
+from pipelines.conversion.encode import Source, Storage, encode_jpeg
+from pipelines.conversion.journal import Reject
+from pipelines.files import replace_file, write_json
+from pipelines.formats.shards import BLOCK, INDEX, shard_path
 from pipelines.index import DatasetIndex
-from pipelines.ledger import Reject
 
-INDEX = "index"
 _IDX_VERSION = "v1.2"  # nvidia-dali's wds2idx.IndexCreator.index_file_version
-_BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +46,6 @@ def encode_record(source: Source, position: int, storage: Storage) -> ShardRecor
     return ShardRecord(
         position=position, name=source.name, label=source.label, height=height, width=width, data=data
     )
-
-
-def shard_path(folder: Path, number: int) -> Path:
-    """The tar of shard `number`."""
-    return folder / f"shard-{number:06d}.tar"
 
 
 def write_shard(folder: Path, number: int, records: Iterable[ShardRecord], rejects: Sequence[Reject] = ()) -> int:
@@ -99,7 +81,7 @@ def write_shard(folder: Path, number: int, records: Iterable[ShardRecord], rejec
                 line.append(f"{extension} {_add_member(file, name, data)} {len(data)} {name}")
                 digest.update(data)
             lines.append(" ".join(line))
-        file.write(bytes(2 * _BLOCK))  # a tar ends with two blocks of zeros
+        file.write(bytes(2 * BLOCK))  # a tar ends with two blocks of zeros
         with replace_file(path.with_suffix(".idx")) as index:
             index.write("\n".join([f"{_IDX_VERSION} {len(lines)}", *lines, ""]).encode())
         bad = [[reject.position, reject.name, reject.reason] for reject in rejects]
@@ -130,7 +112,7 @@ def _add_member(file: IO[bytes], name: str, data: bytes) -> int:
     file.write(header.tobuf(tarfile.USTAR_FORMAT))
     offset = file.tell()
     file.write(data)
-    file.write(bytes(-len(data) % _BLOCK))
+    file.write(bytes(-len(data) % BLOCK))
     return offset
 
 
@@ -182,60 +164,3 @@ def _read_idx(path: Path) -> list[dict[str, tuple[int, int]]]:
 def _read_at(file: IO[bytes], offset: int, length: int) -> bytes:
     file.seek(offset)
     return file.read(length)
-
-
-class ShardReader:
-    """The encoded bytes of any sample, straight from the memory-mapped tars: nothing is copied.
-
-    Memory: mapped pages belong to the page cache, and the system takes them back when it needs them.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Open a folder of shards. Raises ValueError for a missing index or a missing or cut tar."""
-        self.index = index = DatasetIndex.load(folder / INDEX)
-        if index.offsets is None or index.lengths is None:
-            raise ValueError(f"{folder / INDEX}: no offsets in it; convert the dataset again")
-        paths = sorted(folder.glob("shard-*.tar"))
-        _allow_open_files(len(paths))
-        self._files = [map_file(path) for path in paths]
-        self._maps = [np.frombuffer(file, np.uint8) for file in self._files]
-        ends = np.cumsum([len(bytes_) for bytes_ in self._maps], dtype=np.int64)
-        self._shard = np.searchsorted(ends, index.offsets, side="right")
-        total = int(ends[-1]) if len(ends) else 0
-        if len(index) and int((index.offsets + index.lengths).max()) > total:
-            raise ValueError(
-                f"{folder}: the index needs {int((index.offsets + index.lengths).max()):,} bytes of tars, found "
-                f"{total:,} in {len(paths)} files; a tar is missing or cut: copy or convert it again"
-            )
-        self._start = index.offsets - np.concatenate([[0], ends])[self._shard]
-        used, first = np.unique(self._shard, return_index=True)
-        if len(used) < len(paths) or (self._start[first] != _BLOCK).any():  # every tar begins with an image
-            raise ValueError(
-                f"{folder}: its {len(paths)} tars are not those of its index: one is missing, cut, longer, or of "
-                "another conversion; copy or convert them again"
-            )
-
-    def __call__(self, ids: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """Encoded bytes uint8 [length] of samples `ids` [n]; read-only views, valid as long as the reader."""
-        assert self.index.lengths is not None
-        rows = zip(self._shard[ids], self._start[ids], self.index.lengths[ids], strict=True)
-        return [self._maps[shard][start : start + length] for shard, start, length in rows]
-
-    def will_need(self, ids: NDArray[np.int64]) -> None:
-        """Let the kernel read samples `ids` [n] in the background; does not wait for the storage."""
-        assert self.index.lengths is not None
-        spans = (self._shard[ids].tolist(), self._start[ids].tolist(), self.index.lengths[ids].tolist())
-        for shard, start, length in zip(*spans, strict=True):
-            will_need(self._files[shard], start, length)
-
-    def close(self) -> None:
-        """Let go of the files. Views handed out keep theirs open."""
-        self._maps, self._files = [], []
-
-
-def _allow_open_files(count: int) -> None:
-    """Every map keeps its file open: raise this process's own limit if a data set has many shards."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = count + 512
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == -1 else min(needed, hard), hard))

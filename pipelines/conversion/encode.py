@@ -11,13 +11,9 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from pipelines.torch_loader import decode
-
-Pixels = NDArray[np.uint8]  # [H, W, 3] RGB
-_ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+from pipelines.images import Pixels, is_upright_rgb_jpeg, read_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +58,6 @@ class Storage:
             raise ValueError(f"jpeg: got {self.jpeg}, expected a share from 0 to 1")
 
 
-def read_pixels(data: bytes | Pixels) -> Pixels:
-    """Decode an image to uint8 [H, W, 3] RGB. Raises ValueError with the reason if it cannot be decoded."""
-    if isinstance(data, np.ndarray):
-        if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3 or not data.size:
-            raise ValueError(f"got {data.dtype} {data.shape}, expected uint8 [H, W, 3]")
-        return data
-    try:
-        return np.ascontiguousarray(decode(data).permute(1, 2, 0).numpy())
-    except UnidentifiedImageError:
-        raise ValueError("not an image of a known format") from None  # Pillow's message holds a memory address
-    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from None
-
-
 def shrink(pixels: Pixels, max_size: int | None) -> Pixels:
     """Average an image (box filter, as FFCV's writer) down to a longest side of `max_size`; never enlarge."""
     height, width = pixels.shape[:2]
@@ -94,17 +76,9 @@ def encode_jpeg(source: Source, storage: Storage) -> tuple[bytes, int, int]:
     pixels = read_pixels(source.data)
     height, width = pixels.shape[:2]
     fits = storage.max_size is None or max(height, width) <= storage.max_size
-    if fits and isinstance(source.data, bytes) and _is_plain_jpeg(source.data):
+    if fits and isinstance(source.data, bytes) and is_upright_rgb_jpeg(source.data):
         return source.data, height, width
     pixels = shrink(pixels, storage.max_size)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=storage.quality)
     return file.getvalue(), *pixels.shape[:2]
-
-
-def _is_plain_jpeg(data: bytes) -> bool:
-    """A color JPEG that no reader would rotate: one that every decoder shows the same way."""
-    if not data.startswith(b"\xff\xd8\xff"):
-        return False
-    with Image.open(io.BytesIO(data)) as image:
-        return image.mode == "RGB" and image.getexif().get(_ORIENTATION, 1) == 1

@@ -1,6 +1,6 @@
 """The sums and gradients of DCD, a tile of similarities at a time: O(N D) memory on any device.
 
-Shapes: n rows of this process, M of all processes, D dimensions. Equations: `fastdcd.fused`.
+Shapes: n rows of this process, M of all processes, D dimensions. Equations: `fastdcd.losses.dcd`.
 """
 
 from __future__ import annotations

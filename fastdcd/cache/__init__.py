@@ -1,0 +1,1 @@
+"""The teacher cache: what is stored, whether it matches, how it is filled, checked and priced."""

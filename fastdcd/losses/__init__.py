@@ -1,0 +1,1 @@
+"""Loss terms and the kernels behind them. Start at terms.py."""

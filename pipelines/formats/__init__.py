@@ -1,0 +1,1 @@
+"""Reading what tools/convert.py wrote: .beton, shards, resident arrays."""

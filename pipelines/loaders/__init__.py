@@ -1,0 +1,1 @@
+"""Loaders: each executes a plan over one kind of stored data. One file per loader."""
