@@ -88,7 +88,7 @@ def bare(cfg: config.Config) -> float:
     with (parts := filling.open_parts(cfg)).loader:
         index, teacher = parts.loader.index, parts.teacher
         plan = experiment.epoch_plan(cfg, parts.loader, Center(), 0)
-        batch = next(parts.loader.epoch(plan.work((teacher.size,))))
+        batch = next(parts.loader.epoch(plan.for_rank((teacher.size,))))
         images = batch.images[0].to(parts.accelerator.device)
         begin = time.perf_counter()
         for _ in range(-(-len(index) // teacher.rows)):

@@ -36,7 +36,7 @@ from pipelines.base import LoaderOptions, open_loader
 from pipelines.conversion.encode import Storage
 from pipelines.conversion.job import Job, to_beton, to_shards
 from pipelines.conversion.sources import open_sources
-from pipelines.plan import EpochPlan, Work, order
+from pipelines.plan import EpochPlan, RankPlan, order
 from pipelines.prefetch import prefetch
 from pipelines.views import RandomResizedCrop
 
@@ -119,13 +119,13 @@ def executor(
     numbers = iter(range(1 << 30))
 
     def epoch() -> int:
-        batches = loader.epoch(work(loader.index, next(numbers), size, batch_size))
+        batches = loader.epoch(for_rank(loader.index, next(numbers), size, batch_size))
         return sum(len(batch.ids) for batch, _ in prefetch(batches, lambda ids: None, options.device))
 
     return epoch
 
 
-def work(index: Any, epoch: int, size: int, batch_size: int) -> Work:
+def for_rank(index: Any, epoch: int, size: int, batch_size: int) -> RankPlan:
     plan = EpochPlan(
         index=index,
         family=RandomResizedCrop(),
@@ -134,7 +134,7 @@ def work(index: Any, epoch: int, size: int, batch_size: int) -> Work:
         order=order(len(index), seed=0, epoch=epoch),
         batch_size=batch_size,
     )
-    return plan.work((size,))
+    return plan.for_rank((size,))
 
 
 def decoder(root: Path, arguments: argparse.Namespace, device: torch.device, size: int | None) -> Epoch:

@@ -47,7 +47,7 @@ def one_rank(path: Path, kind: str, rank: int, ranks: int, epoch: int) -> dict[s
         )
         most = images = 0
         start = time.perf_counter()
-        for batch in loader.epoch(plan.work((SIZE,), rank=rank, world_size=ranks)):
+        for batch in loader.epoch(plan.for_rank((SIZE,), rank=rank, world_size=ranks)):
             images += len(batch.ids)
             most = max(most, own_bytes())
         return {"images": images, "seconds": time.perf_counter() - start, "bytes": most}

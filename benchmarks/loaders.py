@@ -53,7 +53,7 @@ def ours(backend: str, path: Path, exits: ExitStack) -> Epoch:
             order=order(len(loader.index), seed=0, epoch=number),
             batch_size=BATCH,
         )
-        return sum(len(batch.ids) for batch in loader.epoch(plan.work((SIZE,))))
+        return sum(len(batch.ids) for batch in loader.epoch(plan.for_rank((SIZE,))))
 
     return epoch
 

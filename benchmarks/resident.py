@@ -74,7 +74,9 @@ def main() -> int:
             order=order(count, seed=0, epoch=epoch),
             batch_size=arguments.batch_size,
         )
-        seen += sum(len(batch.ids) for batch in ours.epoch(plan.work((32,))))  # the plan's time is ours to bear
+        seen += sum(
+            len(batch.ids) for batch in ours.epoch(plan.for_rank((32,)))
+        )  # the plan's time is ours to bear
         end = time.perf_counter()
         assert seen == 2 * count
         if epoch:  # the first starts the workers

@@ -57,13 +57,13 @@ def steps_of(cfg: config.Config, accelerator: Accelerator) -> Iterator[Times]:
         synchronize: Callable[[], None] = torch.cuda.synchronize if accelerator.device.type == "cuda" else _nothing
         while True:
             plan = experiment.epoch_plan(cfg, loader, family, 0)
-            work = plan.work(experiment.image_sizes(cfg.student_size(0), mode.begin(0)))
-            batches = prefetch(loader.epoch(work), mode.lookup, accelerator.device)
+            rank_plan = plan.for_rank(experiment.image_sizes(cfg.student_size(0), mode.begin(0)))
+            batches = prefetch(loader.epoch(rank_plan), mode.read_cached, accelerator.device)
             for step in range(plan.steps - 1):  # the last batch is smaller
                 begin = time.perf_counter()
                 batch, rows = next(batches)
                 waited = time.perf_counter()
-                known = mode.knowledge(batch, rows)
+                known = mode.outputs(batch, rows)
                 backward(wrapped, batch, known, plan.rows(step), accelerator, 1)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -71,7 +71,7 @@ class DistillModule(nn.Module):
             term.after_step()  # type: ignore[operator]
 
 
-def undecayed(module: nn.Module, *, decay_norms_and_biases: bool) -> set[str]:
+def no_weight_decay(module: nn.Module, *, decay_norms_and_biases: bool) -> set[str]:
     """Names of parameters that take no weight decay.
 
     Always the temperature, its bias and the heads' biases; with decay_norms_and_biases false also every

@@ -44,9 +44,9 @@ def evaluate(
         order=np.arange(len(loader.index)),
         batch_size=max(config.batch_size, accelerator.num_processes),
     )
-    work = plan.work((size,), rank=accelerator.process_index, world_size=accelerator.num_processes)
+    rank_plan = plan.for_rank((size,), rank=accelerator.process_index, world_size=accelerator.num_processes)
     totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # top-1, top-5, summed loss
-    for batch, _ in prefetch(loader.epoch(work), lambda ids: None, accelerator.device):
+    for batch, _ in prefetch(loader.epoch(rank_plan), lambda ids: None, accelerator.device):
         if not len(batch.labels):
             continue
         images = batch.images[0]

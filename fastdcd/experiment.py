@@ -160,7 +160,7 @@ def build_student(
     return module
 
 
-def share_buffers(module: nn.Module) -> None:
+def broadcast_buffers(module: nn.Module) -> None:
     """Give all processes the first one's buffers (BatchNorm statistics), as DDP does before each step only."""
     broadcast(list(module.buffers()))
 

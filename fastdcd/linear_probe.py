@@ -148,7 +148,7 @@ def extract(frozen: Teacher, loader: Loader, *, crop_ratio: float, device: torch
         order=np.arange(len(loader.index)),
         batch_size=ROWS,
     )
-    batches = prefetch(loader.epoch(plan.work((frozen.size,))), lambda ids: None, device)
+    batches = prefetch(loader.epoch(plan.for_rank((frozen.size,))), lambda ids: None, device)
     parts = [
         Features(frozen.features(batch.images[0]), batch.labels)
         for batch, _ in tqdm(batches, "features", plan.steps, leave=False, disable=None)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastdcd.config import Optim
-from fastdcd.distill import undecayed
+from fastdcd.distill import no_weight_decay
 
 
 def _sgd(groups: list[dict[str, Any]], config: Optim) -> Optimizer:
@@ -46,7 +46,7 @@ def build_optimizer(module: nn.Module, config: Optim) -> Optimizer:
 
     Raises ValueError for an unknown name.
     """
-    without = undecayed(module, decay_norms_and_biases=config.decay_norms_and_biases)
+    without = no_weight_decay(module, decay_norms_and_biases=config.decay_norms_and_biases)
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for n, p in named if n not in without], "weight_decay": config.weight_decay},

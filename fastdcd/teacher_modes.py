@@ -37,11 +37,11 @@ class TeacherMode(Protocol):
         """Prepare an epoch. Returns the image size the teacher must see, or None if it looks at nothing."""
         ...
 
-    def lookup(self, ids: Tensor) -> Tensor | None:
+    def read_cached(self, ids: Tensor) -> Tensor | None:
         """Host-side part, ahead of the step: stored rows of samples `ids` int64 [n], or None."""
         ...
 
-    def knowledge(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
+    def outputs(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
         """Features [n, d] and logits [n, classes] float32 for a batch on the device, with its looked-up rows."""
         ...
 
@@ -64,10 +64,10 @@ class NoTeacher:
     def begin(self, epoch: int) -> int | None:
         return None
 
-    def lookup(self, ids: Tensor) -> Tensor | None:
+    def read_cached(self, ids: Tensor) -> Tensor | None:
         return None
 
-    def knowledge(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
+    def outputs(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
         return None
 
     def flush(self) -> None: ...
@@ -86,7 +86,7 @@ class OnlineTeacher(NoTeacher):
     def begin(self, epoch: int) -> int | None:
         return self.teacher.size
 
-    def knowledge(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
+    def outputs(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
         self.images_seen += len(batch.ids)
         features = self.teacher.features(batch.images[-1])
         return ModelOutput(features, self.teacher.logits(features))
@@ -123,12 +123,12 @@ class CachedTeacher(NoTeacher):
         self.view = view
         return None
 
-    def lookup(self, ids: Tensor) -> Tensor | None:
+    def read_cached(self, ids: Tensor) -> Tensor | None:
         if self.rows is not None:
             return self.rows[ids.to(self.device, non_blocking=True)]
         return self.cache.read(self.view, ids, pin=self.device.type == "cuda")
 
-    def knowledge(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
+    def outputs(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
         assert rows is not None
         features = self.decode(rows)
         return ModelOutput(features, self.classifier(features))
@@ -200,17 +200,17 @@ class FillingTeacher(CachedTeacher):
         self.wait()
         return self.online.begin(epoch)
 
-    def lookup(self, ids: Tensor) -> Tensor | None:
-        return super().lookup(ids) if self.reading else None
+    def read_cached(self, ids: Tensor) -> Tensor | None:
+        return super().read_cached(ids) if self.reading else None
 
-    def knowledge(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
+    def outputs(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
         if self.reading:
-            return super().knowledge(batch, rows)
+            return super().outputs(batch, rows)
         self.images_seen += len(batch.ids)
-        knowledge = self.online.knowledge(batch, rows)
-        assert knowledge is not None
-        self.cache.write(self.view, batch.ids, knowledge.features)
-        return knowledge
+        teacher_outputs = self.online.outputs(batch, rows)
+        assert teacher_outputs is not None
+        self.cache.write(self.view, batch.ids, teacher_outputs.features)
+        return teacher_outputs
 
     def flush(self) -> None:
         self.cache.flush()
@@ -339,7 +339,7 @@ def check_live(cache: TeacherCache, config: Config, loader: Loader, family: View
         batch_size=count,
     )
     device = next(teacher.parameters()).device
-    (batch,) = loader.epoch(plan.work((teacher.size,)))
+    (batch,) = loader.epoch(plan.for_rank((teacher.size,)))
     live = teacher.features(batch.images[0].to(device))
     stored = cache.manifest.codec.decode(cache.read(view, ids).to(device))
     cosine = float(torch.nn.functional.cosine_similarity(live, stored).min())

@@ -81,7 +81,7 @@ def train(cfg: Config) -> dict[str, Any]:
         while progress.epoch < cfg.train.epochs and not stop.requested:
             epoch = progress.epoch
             plan = experiment.epoch_plan(cfg, train_set, family, epoch)
-            work = plan.work(
+            rank_plan = plan.for_rank(
                 experiment.image_sizes(cfg.student_size(epoch), mode.begin(epoch)),
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
@@ -89,7 +89,7 @@ def train(cfg: Config) -> dict[str, Any]:
             )
             wrapped.train()
             watch.start()
-            batches = prefetch(train_set.epoch(work), mode.lookup, accelerator.device)
+            batches = prefetch(train_set.epoch(rank_plan), mode.read_cached, accelerator.device)
             for batch, rows in watch.data_wait(batches):
                 rate = learning_rate(
                     progress.step,
@@ -100,8 +100,8 @@ def train(cfg: Config) -> dict[str, Any]:
                 )
                 set_learning_rate(optimizer, rate)
                 images = plan.rows(progress.step_in_epoch)  # of all processes
-                knowledge = mode.knowledge(batch, rows)
-                terms = backward(wrapped, batch, knowledge, images, accelerator, cfg.train.accumulate)
+                teacher_outputs = mode.outputs(batch, rows)
+                terms = backward(wrapped, batch, teacher_outputs, images, accelerator, cfg.train.accumulate)
                 if cfg.train.clip:
                     accelerator.clip_grad_norm_(wrapped.parameters(), cfg.train.clip)
                 guard.step()
@@ -132,7 +132,7 @@ def train(cfg: Config) -> dict[str, Any]:
                     save()
             batches.close()
             watch.stop()
-            experiment.share_buffers(module)
+            experiment.broadcast_buffers(module)
 
             # ---- the end of an epoch
             if progress.step_in_epoch == plan.steps:
@@ -169,7 +169,7 @@ def train(cfg: Config) -> dict[str, Any]:
 def backward(
     wrapped: torch.nn.Module,
     batch: Batch,
-    knowledge: ModelOutput | None,
+    teacher_outputs: ModelOutput | None,
     rows: int,
     accelerator: Accelerator,
     parts: int,
@@ -183,9 +183,10 @@ def backward(
     images, labels = batch.images[0].tensor_split(parts), batch.labels.tensor_split(parts)
     known = (
         [None] * parts
-        if knowledge is None
+        if teacher_outputs is None
         else [
-            ModelOutput(*pair) for pair in zip(*(tensor.tensor_split(parts) for tensor in knowledge), strict=True)
+            ModelOutput(*pair)
+            for pair in zip(*(tensor.tensor_split(parts) for tensor in teacher_outputs), strict=True)
         ]
     )
     means = RunningMeans()

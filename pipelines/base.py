@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipelines.index import DatasetIndex
-from pipelines.plan import Work
+from pipelines.plan import RankPlan
 
 _log = logging.getLogger(__name__)
 
@@ -100,33 +100,33 @@ class Loader(ABC):
         """The backend and each of its settings that can change a pixel, for a teacher cache's fingerprint."""
 
     @abstractmethod
-    def _execute(self, work: Work) -> Generator[Batch, None, None]:
+    def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
         """Yield the batches of `work` that have rows, releasing everything when closed early."""
 
-    def epoch(self, work: Work) -> Generator[Batch, None, None]:
+    def epoch(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
         """Yield `work.batches` batches. A loader runs one epoch at a time: starting one ends the last."""
         previous = self._running
         if previous is not None:
             previous.close()
-        self._running = epoch = self._guard(work)
+        self._running = epoch = self._guard(rank_plan)
         return epoch
 
     _running: Generator[Batch, None, None] | None = None
 
-    def _guard(self, work: Work) -> Generator[Batch, None, None]:
-        batches = self._execute(work)
+    def _guard(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
+        batches = self._execute(rank_plan)
         delivered = 0
         try:
             for batch in batches:
-                assert len(batch.ids) == len(range(*work.rows(delivered).indices(len(work.ids))))
+                assert len(batch.ids) == len(range(*rank_plan.rows(delivered).indices(len(rank_plan.ids))))
                 delivered += 1
                 yield batch
         finally:
             batches.close()
-        if delivered == work.batches - 1 and len(work.ids) == delivered * work.batch_size:
-            yield empty_batch(work)  # fewer samples left than ranks: this rank has none, but takes the step
+        if delivered == rank_plan.batches - 1 and len(rank_plan.ids) == delivered * rank_plan.batch_size:
+            yield empty_batch(rank_plan)  # fewer samples left than ranks: this rank has none, but takes the step
             delivered += 1
-        assert delivered == work.batches, f"{self.backend}: {delivered} of {work.batches} batches"
+        assert delivered == rank_plan.batches, f"{self.backend}: {delivered} of {rank_plan.batches} batches"
 
     @cached_property
     def undecodable(self) -> dict[int, DecodeError]:
@@ -154,9 +154,9 @@ class Loader(ABC):
         self.close()
 
 
-def empty_batch(work: Work) -> Batch:
+def empty_batch(rank_plan: RankPlan) -> Batch:
     """A batch of no rows with the shapes of `work`."""
-    images = tuple(torch.empty(0, 3, r.size, r.size, dtype=torch.uint8) for r in work.renderings)
+    images = tuple(torch.empty(0, 3, r.size, r.size, dtype=torch.uint8) for r in rank_plan.crops)
     nothing = torch.empty(0, dtype=torch.int64)
     return Batch(images=images, labels=nothing, ids=nothing)
 

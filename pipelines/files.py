@@ -29,7 +29,7 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def say_when_full(place: Path) -> Iterator[None]:
+def explain_full_disk(place: Path) -> Iterator[None]:
     """Say of a full disk, in an OSError, what to do: for work that goes on where it was when it is started again."""
     try:
         yield

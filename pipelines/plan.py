@@ -57,7 +57,7 @@ def order(count: int, *, seed: int, epoch: int, kind: str = "random") -> NDArray
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rendering:
+class Crops:
     """One picture to make of every sample: crop the box, resize it to size x size, mirror it if flipped."""
 
     boxes: Boxes  # [M, 4] top, left, height, width in the stored image; may reach outside, which reads 0
@@ -66,7 +66,7 @@ class Rendering:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class RankPlan:
     """What one loader executes in one epoch: `batches` batches of `batch_size` rows, the last one shorter.
 
     The last batch may have no rows (fewer samples left than ranks): it is delivered all the same, so
@@ -74,7 +74,7 @@ class Work:
     """
 
     ids: NDArray[np.int64]  # [M] sample ids in order
-    renderings: tuple[Rendering, ...]  # of the same rows; decode once, render each
+    crops: tuple[Crops, ...]  # of the same rows; decode once, render each
     batch_size: int
     batches: int
 
@@ -82,7 +82,7 @@ class Work:
         assert self.batch_size > 0 and self.batches >= 0
         assert len(self.ids) <= self.batch_size * self.batches
         assert len(self.ids) > self.batch_size * (self.batches - 2), "only the last batch may be short"
-        assert all(len(r.boxes) == len(r.flips) == len(self.ids) for r in self.renderings)
+        assert all(len(r.boxes) == len(r.flips) == len(self.ids) for r in self.crops)
 
     def rows(self, batch: int) -> slice:
         """The rows of batch number `batch`."""
@@ -116,7 +116,9 @@ class EpochPlan:
         """Rows of global batch `step`, over all ranks."""
         return min(self.batch_size, len(self.order) - step * self.batch_size)
 
-    def work(self, sizes: tuple[int, ...], *, rank: int = 0, world_size: int = 1, start_step: int = 0) -> Work:
+    def for_rank(
+        self, sizes: tuple[int, ...], *, rank: int = 0, world_size: int = 1, start_step: int = 0
+    ) -> RankPlan:
         """This rank's part from `start_step` on, rendered once at each of `sizes` (pixels).
 
         Raises ValueError if the batch has fewer rows than there are ranks.
@@ -135,9 +137,9 @@ class EpochPlan:
         tail = self.order[full * self.batch_size :][rest_first:rest_last] if start_step <= full else body[:0]
         ids = np.concatenate([body, tail])
         boxes, flips = self.family.boxes(self.view_seed, ids, self.view, self.index.sizes[ids])
-        return Work(
+        return RankPlan(
             ids=ids,
-            renderings=tuple(Rendering(boxes=boxes, flips=flips, size=size) for size in sizes),
+            crops=tuple(Crops(boxes=boxes, flips=flips, size=size) for size in sizes),
             batch_size=last - first,
             batches=max(self.steps - start_step, 0),
         )

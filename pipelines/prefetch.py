@@ -19,7 +19,7 @@ Item = tuple[Batch, Tensor | None]
 
 
 def prefetch(
-    batches: Iterator[Batch], lookup: Callable[[Tensor], Tensor | None], device: torch.device
+    batches: Iterator[Batch], read_cached: Callable[[Tensor], Tensor | None], device: torch.device
 ) -> Generator[Item, None, None]:
     """Yield (batch, lookup(batch.ids)), both on `device`.
 
@@ -34,13 +34,13 @@ def prefetch(
     """
     if device.type != "cuda":
         for batch in batches:
-            yield batch, lookup(batch.ids)
+            yield batch, read_cached(batch.ids)
         return
-    yield from _on_stream(batches, lookup, device)
+    yield from _on_stream(batches, read_cached, device)
 
 
 def _on_stream(
-    batches: Iterator[Batch], lookup: Callable[[Tensor], Tensor | None], device: torch.device
+    batches: Iterator[Batch], read_cached: Callable[[Tensor], Tensor | None], device: torch.device
 ) -> Generator[Item, None, None]:
     ready: queue.Queue[tuple[Item, torch.cuda.Event] | BaseException | None] = queue.Queue(DEPTH)
     stop = threading.Event()
@@ -57,7 +57,7 @@ def _on_stream(
             stream = torch.cuda.Stream(device)
             for batch in batches:
                 with torch.cuda.stream(stream):
-                    rows = lookup(batch.ids)
+                    rows = read_cached(batch.ids)
                     moved = replace(
                         batch,
                         images=tuple(image.to(device, non_blocking=True) for image in batch.images),

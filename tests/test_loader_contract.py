@@ -31,7 +31,7 @@ from pipelines.formats import shards
 from pipelines.images import render
 from pipelines.index import DatasetIndex
 from pipelines.loaders import ffcv_loader
-from pipelines.plan import EpochPlan, Rendering, Work, order
+from pipelines.plan import Crops, EpochPlan, RankPlan, order
 from pipelines.views import Center, RandomResizedCrop, ViewFamily
 
 PHOTOS = 40
@@ -210,7 +210,7 @@ def loader(case: Case) -> Iterator[Loader]:
         yield loader
 
 
-def random_rendering(case: Case, ids: NDArray[np.int64], size: int, seed: int, outside: int = 0) -> Rendering:
+def random_rendering(case: Case, ids: NDArray[np.int64], size: int, seed: int, outside: int = 0) -> Crops:
     """Boxes anywhere in the images, from 1 pixel to the whole, reaching up to `outside` pixels beyond."""
     rng = np.random.default_rng(seed)
     extent = np.array([case.stored[i].shape[:2] for i in ids])
@@ -220,19 +220,19 @@ def random_rendering(case: Case, ids: NDArray[np.int64], size: int, seed: int, o
     start -= rng.integers(0, outside + 1, start.shape)
     shape += rng.integers(0, 2 * outside + 1, shape.shape)
     boxes = np.concatenate([start, shape], 1).astype(np.int32)
-    return Rendering(boxes=boxes, flips=rng.random(len(ids)) < 0.5, size=size)
+    return Crops(boxes=boxes, flips=rng.random(len(ids)) < 0.5, size=size)
 
 
-def make_work(case: Case, sizes: tuple[int, ...] = (64,), *, batch_size: int = 16, seed: int = 0) -> Work:
+def make_work(case: Case, sizes: tuple[int, ...] = (64,), *, batch_size: int = 16, seed: int = 0) -> RankPlan:
     ids = np.random.default_rng(seed).permutation(len(case.stored))
-    renderings = tuple(random_rendering(case, ids, size, seed + n) for n, size in enumerate(sizes))
-    return Work(ids=ids, renderings=renderings, batch_size=batch_size, batches=-(-len(ids) // batch_size))
+    crops = tuple(random_rendering(case, ids, size, seed + n) for n, size in enumerate(sizes))
+    return RankPlan(ids=ids, crops=crops, batch_size=batch_size, batches=-(-len(ids) // batch_size))
 
 
-def select(work: Work, rows: list[int]) -> Work:
+def select(rank_plan: RankPlan, rows: list[int]) -> RankPlan:
     """Some rows of `work`, as one batch."""
-    renderings = tuple(Rendering(boxes=r.boxes[rows], flips=r.flips[rows], size=r.size) for r in work.renderings)
-    return Work(ids=work.ids[rows], renderings=renderings, batch_size=len(rows), batches=1)
+    crops = tuple(Crops(boxes=r.boxes[rows], flips=r.flips[rows], size=r.size) for r in rank_plan.crops)
+    return RankPlan(ids=rank_plan.ids[rows], crops=crops, batch_size=len(rows), batches=1)
 
 
 def plan_of(loader: Loader, *, epoch: int = 0, batch_size: int = 12) -> EpochPlan:
@@ -254,16 +254,16 @@ def expected_pixels(stored: Pixels, box: NDArray[np.int32], flip: bool, size: in
     return np.array(ImageOps.mirror(image) if flip else image)
 
 
-def check_pixels(case: Case, work: Work, batches: list[Batch]) -> None:
+def check_pixels(case: Case, rank_plan: RankPlan, batches: list[Batch]) -> None:
     means, largest = [], 0
     for number, batch in enumerate(batches):
-        rows = work.rows(number)
-        for rendering, images in zip(work.renderings, batch.images, strict=True):
+        rows = rank_plan.rows(number)
+        for each, images in zip(rank_plan.crops, batch.images, strict=True):
             assert images.dtype == torch.uint8
-            assert images.shape == (len(batch.ids), 3, rendering.size, rendering.size)
-            for row, image in zip(range(*rows.indices(len(work.ids))), images, strict=True):
-                pixels = case.stored[work.ids[row]]
-                expected = expected_pixels(pixels, rendering.boxes[row], rendering.flips[row], rendering.size)
+            assert images.shape == (len(batch.ids), 3, each.size, each.size)
+            for row, image in zip(range(*rows.indices(len(rank_plan.ids))), images, strict=True):
+                pixels = case.stored[rank_plan.ids[row]]
+                expected = expected_pixels(pixels, each.boxes[row], each.flips[row], each.size)
                 difference = np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected)
                 means.append(difference.mean())
                 largest = max(largest, int(difference.max()))
@@ -290,65 +290,65 @@ def test_index_describes_the_stored_images(case: Case, loader: Loader) -> None:
 
 
 def test_pixels_labels_and_ids(case: Case, loader: Loader) -> None:
-    work = make_work(case)
-    batches = list(loader.epoch(work))
+    rank_plan = make_work(case)
+    batches = list(loader.epoch(rank_plan))
     assert [len(batch.ids) for batch in batches] == [16, 16, 8]  # the last one is short
-    assert torch.cat([batch.ids for batch in batches]).tolist() == work.ids.tolist()
+    assert torch.cat([batch.ids for batch in batches]).tolist() == rank_plan.ids.tolist()
     assert all(batch.ids.dtype == batch.labels.dtype == torch.int64 for batch in batches)
-    assert torch.cat([batch.labels for batch in batches]).tolist() == [case.labels[i] for i in work.ids]
-    check_pixels(case, work, batches)
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [case.labels[i] for i in rank_plan.ids]
+    check_pixels(case, rank_plan, batches)
 
 
 def test_batches_do_not_overwrite_each_other(case: Case, loader: Loader) -> None:
-    work = make_work(case, batch_size=4)
-    kept = list(loader.epoch(work))
+    rank_plan = make_work(case, batch_size=4)
+    kept = list(loader.epoch(rank_plan))
     again = {}
-    for batch in loader.epoch(work):
+    for batch in loader.epoch(rank_plan):
         again |= by_id([batch])
     assert by_id(kept) == again
 
 
 def test_boxes_that_reach_outside_read_black(case: Case, loader: Loader) -> None:
-    work = make_work(case)
-    work = replace(work, renderings=(random_rendering(case, work.ids, 48, seed=1, outside=20),))
-    check_pixels(case, work, list(loader.epoch(work)))
+    rank_plan = make_work(case)
+    rank_plan = replace(rank_plan, crops=(random_rendering(case, rank_plan.ids, 48, seed=1, outside=20),))
+    check_pixels(case, rank_plan, list(loader.epoch(rank_plan)))
 
 
 def test_a_box_of_the_output_size_is_copied_unchanged(case: Case, loader: Loader) -> None:
     """Pad-and-crop: shifted by up to 4 pixels, never resized; exact in every backend."""
-    work = make_work(case)
+    rank_plan = make_work(case)
     rng = np.random.default_rng(0)
-    boxes = np.full((len(work.ids), 4), 40, np.int32)
-    boxes[:, :2] = rng.integers(-4, 5, (len(work.ids), 2))
-    work = replace(work, renderings=(Rendering(boxes=boxes, flips=work.renderings[0].flips, size=40),))
-    check_pixels(replace(case, tolerance=(0.0, 0)), work, list(loader.epoch(work)))
+    boxes = np.full((len(rank_plan.ids), 4), 40, np.int32)
+    boxes[:, :2] = rng.integers(-4, 5, (len(rank_plan.ids), 2))
+    rank_plan = replace(rank_plan, crops=(Crops(boxes=boxes, flips=rank_plan.crops[0].flips, size=40),))
+    check_pixels(replace(case, tolerance=(0.0, 0)), rank_plan, list(loader.epoch(rank_plan)))
 
 
 def test_renderings_of_several_sizes_and_boxes(case: Case, loader: Loader) -> None:
     different = make_work(case, (48, 96))
     check_pixels(case, different, list(loader.epoch(different)))
-    first = different.renderings[0]
-    same = replace(different, renderings=(first, replace(first, size=80)))
+    first = different.crops[0]
+    same = replace(different, crops=(first, replace(first, size=80)))
     check_pixels(case, same, list(loader.epoch(same)))
 
 
 def test_another_size_each_epoch(case: Case, loader: Loader) -> None:
     for epoch, size in enumerate((32, 56, 40)):
-        work = make_work(case, (size,), seed=epoch)
-        check_pixels(case, work, list(loader.epoch(work)))
+        rank_plan = make_work(case, (size,), seed=epoch)
+        check_pixels(case, rank_plan, list(loader.epoch(rank_plan)))
 
 
 @pytest.mark.parametrize("family", [RandomResizedCrop(), Center()], ids=["train", "centre"])
 def test_pixels_are_those_of_the_torch_executor(case: Case, loader: Loader, family: ViewFamily) -> None:
     """At 224 px, from the same stored pixels; tools/check_parity.py shows it for a user's own data and teacher."""
     plan = replace(plan_of(loader), family=family)
-    work = plan.work((224,))
+    rank_plan = plan.for_rank((224,))
     differences = []
-    for number, batch in enumerate(loader.epoch(work)):
-        for row, image in zip(range(*work.rows(number).indices(PHOTOS)), batch.images[0], strict=True):
-            pixels = torch.from_numpy(case.stored[work.ids[row]]).permute(2, 0, 1)
-            rendering = work.renderings[0]
-            expected = render(pixels, rendering.boxes[row], bool(rendering.flips[row]), 224)
+    for number, batch in enumerate(loader.epoch(rank_plan)):
+        for row, image in zip(range(*rank_plan.rows(number).indices(PHOTOS)), batch.images[0], strict=True):
+            pixels = torch.from_numpy(case.stored[rank_plan.ids[row]]).permute(2, 0, 1)
+            each = rank_plan.crops[0]
+            expected = render(pixels, each.boxes[row], bool(each.flips[row]), 224)
             differences.append((image.int() - expected.int()).abs().float().mean().item())
     limit = {"torch": 0.0, "ffcv": 0.0, "dali": 0.3, "resident": 0.3}[case.backend]
     assert len(differences) == PHOTOS and max(differences) <= limit, max(differences)
@@ -385,17 +385,17 @@ def test_ffcv_renders_any_shape_bit_by_bit(tmp_path: Path, jpeg: float) -> None:
         pictures = [np.array(Image.open(io.BytesIO(record.payload.tobytes()))) for record in records]
     with open_loader("ffcv", tmp_path / "x.beton", LoaderOptions(workers=2)) as loader:
         for size in (5, 16, 43, 67):
-            work = plan_of(loader).work((size,))
-            shapes = rng.integers(1, 70, (len(work.ids), 2))
-            corners = rng.integers(1 - shapes, loader.index.sizes[work.ids])  # some pixel is inside
+            rank_plan = plan_of(loader).for_rank((size,))
+            shapes = rng.integers(1, 70, (len(rank_plan.ids), 2))
+            corners = rng.integers(1 - shapes, loader.index.sizes[rank_plan.ids])  # some pixel is inside
             boxes = np.concatenate([corners, shapes], 1).astype(np.int32)
-            rendering = replace(work.renderings[0], boxes=boxes)
-            for number, batch in enumerate(loader.epoch(replace(work, renderings=(rendering,)))):
+            each = replace(rank_plan.crops[0], boxes=boxes)
+            for number, batch in enumerate(loader.epoch(replace(rank_plan, crops=(each,)))):
                 for row, image in zip(
-                    range(*work.rows(number).indices(len(work.ids))), batch.images[0], strict=True
+                    range(*rank_plan.rows(number).indices(len(rank_plan.ids))), batch.images[0], strict=True
                 ):
-                    pixels = torch.from_numpy(pictures[work.ids[row]]).permute(2, 0, 1)
-                    expected = render(pixels, boxes[row], bool(rendering.flips[row]), size)
+                    pixels = torch.from_numpy(pictures[rank_plan.ids[row]]).permute(2, 0, 1)
+                    expected = render(pixels, boxes[row], bool(each.flips[row]), size)
                     assert torch.equal(image, expected), (pixels.shape, boxes[row], size)
 
 
@@ -419,35 +419,35 @@ def test_a_missing_package_is_a_clear_error(name: str, tmp_path: Path, monkeypat
 def test_empty_last_batch(loader: Loader) -> None:
     """Fewer samples left than ranks: this rank has no row of the last batch, but takes the step."""
     plan = replace(plan_of(loader), order=np.arange(25, dtype=np.int64))  # 12 + 12 + 1: rank 0 of 2 has 6, 6, 0
-    batches = list(loader.epoch(plan.work((32,), rank=0, world_size=2)))
+    batches = list(loader.epoch(plan.for_rank((32,), rank=0, world_size=2)))
     assert [len(batch.ids) for batch in batches] == [6, 6, 0]
     assert batches[-1].images[0].shape == (0, 3, 32, 32)
 
 
 def test_resumed_epoch_is_the_rest_of_it(loader: Loader) -> None:
     plan = plan_of(loader)
-    whole = list(loader.epoch(plan.work((32,))))
-    rest = list(loader.epoch(plan.work((32,), start_step=2)))
+    whole = list(loader.epoch(plan.for_rank((32,))))
+    rest = list(loader.epoch(plan.for_rank((32,), start_step=2)))
     assert by_id(rest) == by_id(whole[2:])
-    assert list(loader.epoch(plan.work((32,), start_step=plan.steps))) == []
+    assert list(loader.epoch(plan.for_rank((32,), start_step=plan.steps))) == []
 
 
 def test_same_bytes_whatever_the_order_batch_size_and_workers(case: Case, loader: Loader) -> None:
-    expected = by_id(list(loader.epoch(plan_of(loader, epoch=0).work((48,)))))
+    expected = by_id(list(loader.epoch(plan_of(loader, epoch=0).for_rank((48,)))))
     assert len(expected) == PHOTOS
-    shuffled = plan_of(loader, epoch=1, batch_size=7).work((48,))
+    shuffled = plan_of(loader, epoch=1, batch_size=7).for_rank((48,))
     assert by_id(list(loader.epoch(shuffled))) == expected
     for workers in (1, 3):
         with case.open(workers=workers) as other:
-            assert by_id(list(other.epoch(plan_of(other, epoch=2).work((48,))))) == expected
+            assert by_id(list(other.epoch(plan_of(other, epoch=2).for_rank((48,))))) == expected
 
 
 def test_same_bytes_on_one_and_two_ranks(case: Case, loader: Loader) -> None:
     plan = plan_of(loader)
-    alone = list(loader.epoch(plan.work((48,))))
+    alone = list(loader.epoch(plan.for_rank((48,))))
     with case.open(workers=1) as other:
         parts = [
-            list(rank.epoch(plan.work((48,), rank=r, world_size=2))) for r, rank in enumerate((loader, other))
+            list(rank.epoch(plan.for_rank((48,), rank=r, world_size=2))) for r, rank in enumerate((loader, other))
         ]
     for whole, first, second in zip(alone, *parts, strict=True):
         assert whole.ids.tolist() == first.ids.tolist() + second.ids.tolist()
@@ -526,16 +526,16 @@ def damaged(request: pytest.FixtureRequest, photos: Path, tmp_path: Path) -> Cas
 
 def test_a_damaged_image_names_its_sample(damaged: Case) -> None:
     assert damaged.damage
-    work = make_work(damaged)
-    bad = int(work.ids[20])
+    rank_plan = make_work(damaged)
+    bad = int(rank_plan.ids[20])
     with damaged.open() as loader:
         damaged.damage(damaged.path, bad)
-        epoch = loader.epoch(work)
+        epoch = loader.epoch(rank_plan)
         next(epoch)  # the first batch is whole
         with pytest.raises(DecodeError, match=re.escape(loader.index.names[bad])) as error:
             list(epoch)
         assert error.value.sample_id == bad
-        good = select(work, list(range(16)))
+        good = select(rank_plan, list(range(16)))
         check_pixels(damaged, good, list(loader.epoch(good)))  # the loader still works
 
 
@@ -546,20 +546,20 @@ def test_damaged_images_can_be_skipped_and_reported(damaged: Case, monkeypatch: 
     monkeypatch.setattr(
         logging.getLogger("pipelines.base"), "handle", lambda record: warnings.append(record.getMessage())
     )
-    work = make_work(damaged)
-    bad = sorted(int(work.ids[row]) for row in (2, 9, 35))
+    rank_plan = make_work(damaged)
+    bad = sorted(int(rank_plan.ids[row]) for row in (2, 9, 35))
     with damaged.open(on_decode_error="skip_and_report") as loader:
         for sample in bad:
             damaged.damage(damaged.path, sample)
         for _ in range(2):
-            batches = list(loader.epoch(work))
+            batches = list(loader.epoch(rank_plan))
         assert sorted(loader.undecodable) == bad
         assert [sum(loader.index.names[sample] in line for line in warnings) for sample in bad] == [1, 1, 1]
     shown = list(damaged.stored)
     for sample in bad:
         shown[sample] = np.zeros_like(shown[sample])
-    check_pixels(replace(damaged, stored=shown), work, batches)
-    assert torch.cat([batch.labels for batch in batches]).tolist() == [damaged.labels[i] for i in work.ids]
+    check_pixels(replace(damaged, stored=shown), rank_plan, batches)
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [damaged.labels[i] for i in rank_plan.ids]
 
 
 def odd_files(photo: Path, folder: Path) -> None:
@@ -591,11 +591,11 @@ def test_odd_files_look_as_pillow_sees_them(backend: str, photos: Path, tmp_path
     pixels = [read_pixels(path) for path in paths]
     tolerance = DALI if backend == "dali-folder" else (0.5, 3)
     case = Case(backend, tmp_path / "tree", pixels, [0] * len(pixels), tolerance)
-    work = make_work(case, batch_size=len(pixels))
+    rank_plan = make_work(case, batch_size=len(pixels))
     with case.open() as loader:
         for name in (path.name for path in paths):
             print(name)
-            one = select(work, [int(np.flatnonzero(work.ids == [p.name for p in paths].index(name))[0])])
+            one = select(rank_plan, [int(np.flatnonzero(rank_plan.ids == [p.name for p in paths].index(name))[0])])
             check_pixels(case, one, list(loader.epoch(one)))
 
 

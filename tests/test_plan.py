@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipelines.index import DatasetIndex
-from pipelines.plan import ORDERS, PAGE_SAMPLES, WINDOW_PAGES, EpochPlan, Work, order
+from pipelines.plan import ORDERS, PAGE_SAMPLES, WINDOW_PAGES, EpochPlan, RankPlan, order
 from pipelines.views import RandomResizedCrop
 
 
@@ -29,12 +29,12 @@ def plan_of(count: int, batch_size: int, *, epoch: int = 0, kind: str = "random"
     )
 
 
-def rows_of(work: Work, batch: int) -> list[tuple[object, ...]]:
+def rows_of(rank_plan: RankPlan, batch: int) -> list[tuple[object, ...]]:
     """What a batch shows, row by row: id, box and flip of every rendering."""
-    rows = work.rows(batch)
+    rows = rank_plan.rows(batch)
     return [
-        (int(sample), *((*r.boxes[rows][n].tolist(), bool(r.flips[rows][n]), r.size) for r in work.renderings))
-        for n, sample in enumerate(work.ids[rows])
+        (int(sample), *((*r.boxes[rows][n].tolist(), bool(r.flips[rows][n]), r.size) for r in rank_plan.crops))
+        for n, sample in enumerate(rank_plan.ids[rows])
     ]
 
 
@@ -42,26 +42,28 @@ def rows_of(work: Work, batch: int) -> list[tuple[object, ...]]:
 @pytest.mark.parametrize("batch_size", [4, 13, 64])
 def test_any_ranks_and_resume_point_see_the_same_data(count: int, batch_size: int) -> None:
     plan = plan_of(count, batch_size)
-    whole = plan.work((32, 48))
+    whole = plan.for_rank((32, 48))
     batches = [rows_of(whole, step) for step in range(plan.steps)]
     assert [len(batch) for batch in batches] == [plan.rows(step) for step in range(plan.steps)]
     assert sorted(row[0] for batch in batches for row in batch) == list(range(count)), "each sample once"
     for world_size in (1, 2, 3, 4):
         for start in {0, 1, plan.steps // 2, plan.steps - 1, plan.steps}:
             works = [
-                plan.work((32, 48), rank=rank, world_size=world_size, start_step=start)
+                plan.for_rank((32, 48), rank=rank, world_size=world_size, start_step=start)
                 for rank in range(world_size)
             ]
             for step in range(start, plan.steps):
-                shares = [rows_of(work, step - start) for work in works]
+                shares = [rows_of(rank_plan, step - start) for rank_plan in works]
                 assert [row for share in shares for row in share] == batches[step]
                 assert max(map(len, shares)) - min(map(len, shares)) <= 1, "even shares"
-            assert all(work.batches == plan.steps - start for work in works), "every rank takes every step"
+            assert all(rank_plan.batches == plan.steps - start for rank_plan in works), (
+                "every rank takes every step"
+            )
 
 
 def test_more_ranks_than_rows_in_a_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"data\.batch_size: got 2 for 4 processes"):
-        plan_of(10, 2).work((32,), world_size=4)
+        plan_of(10, 2).for_rank((32,), world_size=4)
 
 
 @pytest.mark.parametrize("kind", ORDERS)

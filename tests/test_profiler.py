@@ -384,8 +384,8 @@ def test_replay_shows_the_first_batches_again(digits: Digits) -> None:
             order=plain.index.labels.argsort(),
             batch_size=60,
         )
-        work = plan.work((8,))
-        replayed, planned = list(loader.epoch(work)), list(plain.epoch(work))
+        rank_plan = plan.for_rank((8,))
+        replayed, planned = list(loader.epoch(rank_plan)), list(plain.epoch(rank_plan))
     assert [len(batch.ids) for batch in replayed] == [len(batch.ids) for batch in planned] == [60] * 8 + [20]
     for number, batch in enumerate(replayed):
         original = planned[number % 4]
@@ -404,7 +404,7 @@ def test_synthetic_follows_the_plan_without_files() -> None:
             order=loader.index.labels.argsort(),
             batch_size=30,
         )
-        batches = list(loader.epoch(plan.work((8, 12))))
+        batches = list(loader.epoch(plan.for_rank((8, 12))))
     assert [len(batch.ids) for batch in batches] == [30, 30, 30, 10]
     assert all(
         each.shape[2] == size for batch in batches for each, size in zip(batch.images, (8, 12), strict=True)

@@ -238,17 +238,17 @@ def test_a_teacher_is_judged_before_training(
 
 
 def test_every_weight_moves_and_only_those_meant_to_decay_do(digits: Digits, tmp_path: Path) -> None:
-    from fastdcd.distill import DistillModule, undecayed
+    from fastdcd.distill import DistillModule, no_weight_decay
     from fastdcd.models import build, normalize_for
 
     cfg = digits.config(tmp_path, loss=BOTH, teacher={"mode": "online"})
     module = DistillModule(
         build("cifar:resnet8", classes=10), normalize_for("cifar:resnet8"), cfg.loss, teacher_dim=64
     )
-    default = undecayed(module, decay_norms_and_biases=False)
+    default = no_weight_decay(module, decay_norms_and_biases=False)
     assert {"terms.dcd.log_tau", "terms.dcd.b", "terms.dcd.student_head.bias"} <= default
     assert {"student.network.bn1.weight", "student.classifier.bias"} <= default
-    literature = undecayed(module, decay_norms_and_biases=True)
+    literature = no_weight_decay(module, decay_norms_and_biases=True)
     assert {"terms.dcd.log_tau", "terms.dcd.b", "terms.dcd.teacher_head.bias"} <= literature
     assert not any(name.startswith("student.") for name in literature)
     no_distillation = DistillModule(

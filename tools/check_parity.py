@@ -31,7 +31,7 @@ from pipelines.formats.beton import read_layout
 from pipelines.formats.shards import INDEX, ShardReader
 from pipelines.image_folder import user_cache
 from pipelines.images import decode, render
-from pipelines.plan import Rendering, Work
+from pipelines.plan import Crops, RankPlan
 from pipelines.views import Boxes, Center, RandomResizedCrop, ViewFamily
 
 CROPS: dict[str, ViewFamily] = {"train": RandomResizedCrop(), "centre": Center()}
@@ -109,13 +109,13 @@ def stored_reader(backend: str, path: Path, loader: Loader) -> Callable[[int], T
 
 def rendered(loader: Loader, ids: NDArray[np.int64], boxes: Boxes, flips: NDArray[np.bool_], size: int) -> Tensor:
     """What a loader makes of boxes: uint8 [n, 3, size, size]."""
-    work = Work(
+    rank_plan = RankPlan(
         ids=ids,
-        renderings=(Rendering(boxes=boxes, flips=flips, size=size),),
+        crops=(Crops(boxes=boxes, flips=flips, size=size),),
         batch_size=BATCH,
         batches=-(-len(ids) // BATCH),
     )
-    return torch.cat([batch.images[0].cpu().contiguous() for batch in loader.epoch(work)])
+    return torch.cat([batch.images[0].cpu().contiguous() for batch in loader.epoch(rank_plan)])
 
 
 def compare(

@@ -21,7 +21,7 @@ from fastdcd.optim import build_optimizer
 from fastdcd.teacher import Teacher
 from fastdcd.teacher_modes import expected_manifest
 from pipelines.base import Loader
-from pipelines.plan import Rendering, Work
+from pipelines.plan import Crops, RankPlan
 from pipelines.prefetch import prefetch
 from pipelines.views import ViewFamily
 
@@ -112,15 +112,15 @@ def _fill_views(parts: Parts, cache: TeacherCache, views: Sequence[int], bar: tq
     ids = _mine(np.logical_and.reduce([cache.done(view) for view in views]), teacher.rows, accelerator)
     seed, sizes = parts.config.views.seed, parts.loader.index.sizes[ids]
     tables = [parts.family.boxes(seed, ids, view, sizes) for view in views]
-    work = Work(
+    rank_plan = RankPlan(
         ids=ids,
-        renderings=tuple(Rendering(boxes=boxes, flips=flips, size=teacher.size) for boxes, flips in tables),
+        crops=tuple(Crops(boxes=boxes, flips=flips, size=teacher.size) for boxes, flips in tables),
         batch_size=teacher.rows,
         batches=-(-len(ids) // teacher.rows),
     )
     bar.update(len(views) * (rows - len(ids) * accelerator.num_processes))
     flushed = time.monotonic()
-    for batch, _ in prefetch(parts.loader.epoch(work), lambda ids: None, accelerator.device):
+    for batch, _ in prefetch(parts.loader.epoch(rank_plan), lambda ids: None, accelerator.device):
         for view, images in zip(views, batch.images, strict=True):
             cache.write(view, batch.ids, teacher.features(images))
         bar.update(len(views) * len(batch.ids) * accelerator.num_processes)

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastdcd import weights
-from pipelines.files import replace_file, say_when_full, write_json
+from pipelines.files import explain_full_disk, replace_file, write_json
 
 FORMAT = "fastdcd-cache-1"
 BLOCK_ROWS = 1024
@@ -372,7 +372,7 @@ class TeacherCache:
         sums = self._sums(view)
         assert (sums >= 0).all(), f"view {view} lost rows while it was filled"
         path = self._path(view, "crc32")
-        with say_when_full(path), replace_file(path) as file:
+        with explain_full_disk(path), replace_file(path) as file:
             np.save(file, sums.astype(np.uint32), allow_pickle=False)
         self.release(view)
         self._path(view, "done").unlink()
@@ -454,7 +454,7 @@ def _npy_header(shape: tuple[int, ...]) -> bytes:
 
 def _lay_out(path: Path, shape: tuple[int, ...]) -> None:
     """A uint8 .npy file of zeros. Its room is taken now: a write to a mapped page cannot say that the disk is full."""
-    with say_when_full(path), replace_file(path) as file:
+    with explain_full_disk(path), replace_file(path) as file:
         file.write(_npy_header(shape))
         file.flush()
         os.posix_fallocate(file.fileno(), 0, _PAGE + math.prod(shape))

@@ -85,7 +85,7 @@ def dcd(
     if chosen in WHOLE:
         loss, contrast, consist = WHOLE[chosen](z_s, z_t, tau, alpha=alpha, labels=labels, divisor=divisor)
         return reference.DCD(loss, contrast.detach(), consist.detach())
-    z_s, z_t = reference.wide(z_s), reference.wide(z_t)
+    z_s, z_t = reference.upcast(z_s), reference.upcast(z_t)
     place = _Place(processes, capacity, uneven=processes > 1 and divisor != capacity)
     return reference.DCD(*_Fused.apply(z_s, z_t, tau, labels, alpha, divisor, place, _engine(chosen)))
 

@@ -21,7 +21,7 @@ class DCD(NamedTuple):
     consist: Tensor
 
 
-def wide(tensor: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     """float32 or wider: losses are computed no narrower, whatever autocast does around them."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
@@ -31,8 +31,8 @@ def kd(student_NC: Tensor, teacher_NC: Tensor, temperature: float, *, divisor: f
 
     Hinton, Vinyals, Dean 2015. Gradients flow to the student only if the teacher's logits have none.
     """
-    log_student_NC = F.log_softmax(wide(student_NC) / temperature, dim=1)
-    log_teacher_NC = F.log_softmax(wide(teacher_NC) / temperature, dim=1)
+    log_student_NC = F.log_softmax(upcast(student_NC) / temperature, dim=1)
+    log_teacher_NC = F.log_softmax(upcast(teacher_NC) / temperature, dim=1)
     total = F.kl_div(log_student_NC, log_teacher_NC, reduction="sum", log_target=True)
     return total * temperature**2 / (len(student_NC) if divisor is None else divisor)
 
@@ -61,7 +61,7 @@ def dcd(
     """
     rows = len(z_s)
     divisor = rows if divisor is None else divisor
-    s_NN = tau * (wide(z_s) @ wide(z_t).T)
+    s_NN = tau * (upcast(z_s) @ upcast(z_t).T)
     if b is not None:
         s_NN = s_NN + b
     if labels is not None:
@@ -81,5 +81,5 @@ def normalize(x_ND: Tensor, eps: float = 1e-6) -> Tensor:
     eps enters under the root, so that the gradient of a zero row is at most 1/eps; F.normalize's clamp at
     1e-12 lets it reach 1e12.
     """
-    x_ND = wide(x_ND)
+    x_ND = upcast(x_ND)
     return x_ND * torch.rsqrt(x_ND.square().sum(1, keepdim=True) + eps**2)

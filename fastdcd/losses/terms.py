@@ -25,7 +25,7 @@ class LossInputs(NamedTuple):
     divisor: float  # rows of the batch over all processes / processes: DDP's mean is then the global mean
 
 
-class Term(nn.Module):
+class LossTerm(nn.Module):
     """One loss term. `forward` returns the value to minimise and named parts to log, all 0-dimensional."""
 
     def __init__(self, config: Loss, student_dim: int, teacher_dim: int) -> None:
@@ -39,12 +39,12 @@ class Term(nn.Module):
         """Called after each optimizer step."""
 
 
-class CrossEntropy(Term):
+class CrossEntropy(LossTerm):
     """Cross-entropy with the labels, with label smoothing."""
 
     def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         total = F.cross_entropy(
-            reference.wide(inputs.student.logits),  # [n, classes]
+            reference.upcast(inputs.student.logits),  # [n, classes]
             inputs.labels,
             reduction="sum",
             label_smoothing=self.config.label_smoothing,
@@ -53,7 +53,7 @@ class CrossEntropy(Term):
         return loss, {"ce": loss.detach()}
 
 
-class KnowledgeDistillation(Term):
+class KnowledgeDistillation(LossTerm):
     """T^2 KL(teacher || student) of softened logits (Hinton et al. 2015)."""
 
     def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -67,7 +67,7 @@ class KnowledgeDistillation(Term):
         return loss, {"kd": loss.detach()}
 
 
-class DCD(Term):
+class DCD(LossTerm):
     """Discriminative and consistent distillation (arXiv 2407.11802, eq. 2 to 7).
 
     Attributes:
@@ -87,7 +87,7 @@ class DCD(Term):
     def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         assert inputs.teacher is not None
         config = self.config
-        z_s = reference.normalize(self.student_head(reference.wide(inputs.student.features)))  # [n, feat_dim]
+        z_s = reference.normalize(self.student_head(reference.upcast(inputs.student.features)))  # [n, feat_dim]
         z_t = reference.normalize(self.teacher_head(inputs.teacher.features))  # [n, feat_dim]
         tau = self.log_tau.exp()
         result = fused.dcd(
@@ -113,4 +113,8 @@ class DCD(Term):
 
 
 # Loss weight in the config -> the term it switches on.
-TERMS: dict[str, Callable[[Loss, int, int], Term]] = {"ce": CrossEntropy, "kd": KnowledgeDistillation, "dcd": DCD}
+TERMS: dict[str, Callable[[Loss, int, int], LossTerm]] = {
+    "ce": CrossEntropy,
+    "kd": KnowledgeDistillation,
+    "dcd": DCD,
+}

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from fastdcd.config import Config
-from fastdcd.losses.terms import LossInputs, Term
+from fastdcd.losses.terms import LossInputs, LossTerm
 from fastdcd.models import ModelOutput
 from fastdcd.profiler import reading
 from fastdcd.profiler.clock import Clock, call_seconds
@@ -116,7 +116,7 @@ def _dcd_seconds(bench: Bench, teacher: Teacher, form: str) -> float:
     device, rows = bench.accelerator.device, bench.rows
     classes = 2
     term = bench.module.terms["dcd"]
-    assert isinstance(term, Term)
+    assert isinstance(term, LossTerm)
     kept = term.config
     term.config = replace(kept, form=form)  # type: ignore[arg-type]
 

@@ -35,7 +35,7 @@ from fastdcd.teacher_modes import open_mode
 from pipelines.base import Loader
 from pipelines.loaders.replay import ReplayLoader
 from pipelines.loaders.synthetic import SyntheticLoader
-from pipelines.plan import EpochPlan, Work
+from pipelines.plan import EpochPlan, RankPlan
 from pipelines.prefetch import prefetch
 from pipelines.views import Center
 
@@ -91,14 +91,14 @@ def profile(
         mode = open_mode(config, train, family, teacher, accelerator)
         bench = set_up(config, accelerator, classes, family, teacher, mode)
         plan = experiment.epoch_plan(config, train, family, 0)
-        work = plan.work(
+        rank_plan = plan.for_rank(
             experiment.image_sizes(config.student_size(0), mode.begin(0)),
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
 
         stage("first steps")
-        cold = {"open_seconds": opened, **_cold(bench, train, work)}
+        cold = {"open_seconds": opened, **_cold(bench, train, rank_plan)}
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         stage("together")
@@ -117,10 +117,10 @@ def profile(
         communication = _communication(bench, synthetic_loader, synthetic, share)
         gradient_copy = _gradient_copy(bench)
         stage("loader")
-        loading = reading.stages(train, work, config, share)
+        loading = reading.stages(train, rank_plan, config, share)
         if loading:
             ceilings["loader"] = accelerator.num_processes / loading["loader"]
-        ceilings |= _copies(train, work, accelerator)
+        ceilings |= _copies(train, rank_plan, accelerator)
         stage("evaluation")
         evaluation = _evaluation(bench, val, share)
         stage("memory")
@@ -136,7 +136,7 @@ def profile(
             found |= alternatives.of_teacher(bench) | alternatives.of_loss(bench)
             waiting = together["stages"].get("data_wait", {"mean": 0.0})["mean"] / together["step"]["mean"]
             if config.data.backend == "torch" and waiting >= WAITING and accelerator.is_main_process:
-                found |= alternatives.of_data(config, loading, [each.size for each in work.renderings], share)
+                found |= alternatives.of_data(config, loading, [each.size for each in rank_plan.crops], share)
         if trace is not None:
             stage("trace")
             _trace(bench, train, trace)
@@ -210,14 +210,14 @@ def _replayed(bench: Bench, loader: Loader, config: Config, seconds: float) -> d
     return {"replay": _rate(_measure(bench, ReplayLoader(loader), seconds), config)}
 
 
-def _cold(bench: Bench, loader: Loader, work: Work) -> dict[str, float | None]:
+def _cold(bench: Bench, loader: Loader, rank_plan: RankPlan) -> dict[str, float | None]:
     """What only the beginning costs: the first batch, the first step, and reading what no cache holds yet."""
     config = bench.config
     threads = max(config.data.workers, 1)
-    sample = work.ids[-256:]
+    sample = rank_plan.ids[-256:]
     cold = reading.cold_read_seconds(config.data.train, loader.index, sample, threads)
     begin = time.perf_counter()
-    epoch = loader.epoch(work)
+    epoch = loader.epoch(rank_plan)
     next(epoch)
     first_batch = time.perf_counter() - begin
     epoch.close()
@@ -294,10 +294,12 @@ def _evaluation(bench: Bench, val: Loader, seconds: float) -> dict[str, float]:
         order=np.arange(len(val.index)),
         batch_size=max(config.eval.batch_size, accelerator.num_processes),
     )
-    work = plan.work((config.eval_size,), rank=accelerator.process_index, world_size=accelerator.num_processes)
+    rank_plan = plan.for_rank(
+        (config.eval_size,), rank=accelerator.process_index, world_size=accelerator.num_processes
+    )
     module = bench.module.eval()
     images = 0
-    batches = prefetch(val.epoch(work), lambda ids: None, accelerator.device)
+    batches = prefetch(val.epoch(rank_plan), lambda ids: None, accelerator.device)
     with torch.no_grad():
         begin = time.perf_counter()
         for number, (batch, _) in enumerate(batches):
@@ -305,7 +307,7 @@ def _evaluation(bench: Bench, val: Loader, seconds: float) -> dict[str, float]:
                 module.predict(batch.images[0])
                 if config.eval.flip:
                     module.predict(batch.images[0].flip(3))
-            if number == 0 and work.batches > 1:  # starts workers, compiles
+            if number == 0 and rank_plan.batches > 1:  # starts workers, compiles
                 synchronize(accelerator.device)
                 begin = time.perf_counter()
                 continue
@@ -356,12 +358,12 @@ def _memory(bench: Bench, loader: Loader) -> dict[str, float | None]:
     }
 
 
-def _copies(loader: Loader, work: Work, accelerator: Accelerator) -> dict[str, float]:
+def _copies(loader: Loader, rank_plan: RankPlan, accelerator: Accelerator) -> dict[str, float]:
     """Images a second over all processes that the way to the device lets through, as prefetch sends them; empty
     where there is no such way."""
     if accelerator.device.type != "cuda":
         return {}
-    epoch = loader.epoch(work)
+    epoch = loader.epoch(rank_plan)
     batch = next(epoch)
     epoch.close()
     if all(image.is_cuda for image in batch.images):

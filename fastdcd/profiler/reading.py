@@ -26,19 +26,19 @@ from pipelines.conversion.job import Job, to_beton
 from pipelines.conversion.sources import open_sources
 from pipelines.image_folder import read_classes
 from pipelines.index import DatasetIndex
-from pipelines.plan import EpochPlan, Rendering, Work
+from pipelines.plan import Crops, EpochPlan, RankPlan
 
 LEAST, ROUNDS = 4, 3  # batches of a measurement, measurements of each kind
 CONVERTED, CONVERTED_SIZE = 128, 256  # images of a trial conversion; their longest side, pixels
 ReadSample = Callable[[int], int]  # sample id -> bytes read
 
 
-def seconds_an_image(loader: Loader, work: Work, seconds: float) -> float:
+def seconds_an_image(loader: Loader, rank_plan: RankPlan, seconds: float) -> float:
     """Steady time of an image through the whole loader, all workers at work; NaN if there is one batch only.
 
     The first batch is not counted: it is made while nothing else is.
     """
-    epoch = loader.epoch(work)
+    epoch = loader.epoch(rank_plan)
     images = 0
     try:
         next(epoch)
@@ -53,23 +53,23 @@ def seconds_an_image(loader: Loader, work: Work, seconds: float) -> float:
     return elapsed / images if images else math.nan
 
 
-def without_augmenting(work: Work) -> Work:
+def without_augmenting(rank_plan: RankPlan) -> RankPlan:
     """The same samples as crops of one pixel."""
-    boxes = np.tile(np.array([0, 0, 1, 1], np.int32), (len(work.ids), 1))
-    crop = Rendering(boxes=boxes, flips=np.zeros(len(work.ids), np.bool_), size=1)
-    return replace(work, renderings=(crop,))
+    boxes = np.tile(np.array([0, 0, 1, 1], np.int32), (len(rank_plan.ids), 1))
+    crop = Crops(boxes=boxes, flips=np.zeros(len(rank_plan.ids), np.bool_), size=1)
+    return replace(rank_plan, crops=(crop,))
 
 
-def stages(loader: Loader, work: Work, config: Config, seconds: float) -> dict[str, float]:
+def stages(loader: Loader, rank_plan: RankPlan, config: Config, seconds: float) -> dict[str, float]:
     """Seconds an image: loader (all of it), and read, decode, augment as far as the backend has them."""
     reader = reader_of(config.data.train, loader.index)
-    bare, threads = without_augmenting(work), max(config.data.workers, 1)
+    bare, threads = without_augmenting(rank_plan), max(config.data.workers, 1)
     wholes, decodes, reads = [], [], []
     for _ in range(ROUNDS):  # in turns, so that what else the machine does falls on all
-        wholes.append(seconds_an_image(loader, work, seconds / ROUNDS))
+        wholes.append(seconds_an_image(loader, rank_plan, seconds / ROUNDS))
         if reader is not None:
             decodes.append(seconds_an_image(loader, bare, seconds / ROUNDS))
-            reads.append(read_seconds(reader, work.ids, threads, seconds / ROUNDS / 2))
+            reads.append(read_seconds(reader, rank_plan.ids, threads, seconds / ROUNDS / 2))
     whole = float(np.median(wholes))
     if math.isnan(whole):
         return {}
@@ -102,8 +102,8 @@ def converted_seconds(config: Config, sizes: tuple[int, ...], seconds: float) ->
             plan = EpochPlan(
                 index=index, family=family, view_seed=config.views.seed, view=0, order=order, batch_size=rows
             )
-            seconds_an_image(loader, plan.work(sizes), 0.0)  # compiles
-            return seconds_an_image(loader, plan.work(sizes), seconds)
+            seconds_an_image(loader, plan.for_rank(sizes), 0.0)  # compiles
+            return seconds_an_image(loader, plan.for_rank(sizes), seconds)
 
 
 def read_seconds(reader: ReadSample, ids: np.ndarray, threads: int, seconds: float) -> float:

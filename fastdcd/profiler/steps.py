@@ -161,14 +161,14 @@ def run_steps(
         while True:
             number = epoch % config.train.epochs
             plan = experiment.epoch_plan(config, loader, bench.family, number)
-            work = plan.work(
+            rank_plan = plan.for_rank(
                 experiment.image_sizes(config.student_size(number), mode.begin(number)),
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
             )
             loading, looking = _Timed(), _Timed()
             batches = prefetching.prefetch(
-                loading.batches(loader.epoch(work)), looking.call(mode.lookup), accelerator.device
+                loading.batches(loader.epoch(rank_plan)), looking.call(mode.read_cached), accelerator.device
             )
             try:
                 for step in range(_usable(plan)):
@@ -202,9 +202,9 @@ def _step(
     peak = learning_rate(step, steps, epochs=config.train.epochs, schedule=config.schedule, peak=config.optim.lr)
     set_learning_rate(bench.optimizer, min(peak, 1e-3))  # a cost, not a training: keep the numbers finite
     clock.lap("other")
-    knowledge = bench.mode.knowledge(batch, rows)
-    clock.lap("cache_read" if rows is not None else "teacher" if knowledge is not None else "other")
-    backward(bench.wrapped, batch, knowledge, count, accelerator, config.train.accumulate)
+    teacher_outputs = bench.mode.outputs(batch, rows)
+    clock.lap("cache_read" if rows is not None else "teacher" if teacher_outputs is not None else "other")
+    backward(bench.wrapped, batch, teacher_outputs, count, accelerator, config.train.accumulate)
     clock.lap("backward")
     if config.train.clip:
         accelerator.clip_grad_norm_(bench.wrapped.parameters(), config.train.clip)

@@ -29,7 +29,7 @@ from pipelines.conversion import beton_writer, resident_writer, shard_writer
 from pipelines.conversion.encode import Source, Storage
 from pipelines.conversion.journal import MANIFEST, Reject, finished, other_settings, write_manifest, write_rejects
 from pipelines.conversion.sources import Sources
-from pipelines.files import say_when_full, write_json
+from pipelines.files import explain_full_disk, write_json
 from pipelines.formats import beton, shards
 from pipelines.index import DatasetIndex
 
@@ -200,7 +200,7 @@ def to_beton(job: Job, storage: Storage) -> DatasetIndex:
     _make_folder(job.out.parent)
     encode = functools.partial(beton_writer.encode_record, storage=storage)
     job.announce(estimate(job.sources, encode, lambda record: len(record.payload)))
-    with say_when_full(job.out):
+    with explain_full_disk(job.out):
         writer = beton_writer.BetonWriter(
             job.out, capacity=len(job.sources), storage=storage, source=job.sources.digest
         )
@@ -220,7 +220,7 @@ def to_resident(job: Job, size: int | None) -> DatasetIndex:
     _make_folder(job.out)
     encode = functools.partial(resident_writer.encode_record, size=size)
     job.announce(estimate(job.sources, encode, lambda record: record.pixels.nbytes))
-    with say_when_full(job.out):
+    with explain_full_disk(job.out):
         return _run(job, resident_writer.ResidentWriter(job.out, settings), encode)
 
 
@@ -257,7 +257,7 @@ def to_shards(job: Job, storage: Storage, shard_size: int = SHARD) -> DatasetInd
     settings = {"source": job.sources.digest, "shard_size": shard_size, **asdict(storage)}
     if finished(out, settings):
         return DatasetIndex.load(out / shards.INDEX)
-    with say_when_full(out):
+    with explain_full_disk(out):
         _claim(out, settings)
     spans = [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
     todo = [number for number in job.part.range(len(spans)) if not shard_writer.shard_done(out, number)]
@@ -265,7 +265,7 @@ def to_shards(job: Job, storage: Storage, shard_size: int = SHARD) -> DatasetInd
     job.announce(estimate(job.sources, encode, lambda record: len(record.data) + 3 * 1024))
     mine = sum(len(spans[number]) for number in job.part.range(len(spans)))
     left = sum(len(spans[number]) for number in todo)
-    with say_when_full(out), _bar(job, mine, mine - left) as bar:
+    with explain_full_disk(out), _bar(job, mine, mine - left) as bar:
         outcomes = encoded(job.sources, encode, [spans[number] for number in todo], job.workers)
         try:
             for number in todo:

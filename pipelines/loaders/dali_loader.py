@@ -31,7 +31,7 @@ from pipelines.formats.shards import INDEX, ShardReader
 from pipelines.image_folder import index_image_folder
 from pipelines.images import Encoded, Pixels, is_plain_jpeg, read_pixels
 from pipelines.index import DatasetIndex
-from pipelines.plan import Work
+from pipelines.plan import RankPlan
 
 Fetched = tuple[list[Encoded], list[DecodeError]]  # files for DALI, and what is wrong with those shown black
 Fetch = Callable[[NDArray[np.int64]], Fetched]
@@ -136,24 +136,24 @@ class DALILoader(Loader):
         decode = f"gpu, {self._options.hw_decoder_load:g} by the engine" if gpu else "cpu"
         return {"backend": "dali", "decode": decode, "resize": "triangular, antialiased, float32"}
 
-    def _execute(self, work: Work) -> Generator[Batch, None, None]:
-        numbers = [number for number in range(work.batches) if len(work.ids[work.rows(number)])]
+    def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
+        numbers = [number for number in range(rank_plan.batches) if len(rank_plan.ids[rank_plan.rows(number)])]
         at = 0
         while at < len(numbers):  # again from where an undecodable image has ended the pipeline
-            for batch in self._run(work, numbers[at:]):
+            for batch in self._run(rank_plan, numbers[at:]):
                 at += 1
                 yield batch
 
-    def _run(self, work: Work, numbers: list[int]) -> Generator[Batch, None, None]:
+    def _run(self, rank_plan: RankPlan, numbers: list[int]) -> Generator[Batch, None, None]:
         """Yield batches `numbers` until they end or DALI meets an image that it cannot decode."""
-        pipeline = self._pipeline_for(work)
+        pipeline = self._pipeline_for(rank_plan)
         reading: deque[_Pending] = deque()
         left = iter(numbers)
 
         def read_ahead() -> Iterator[_Inputs]:
             while True:
                 while len(reading) <= AHEAD and (number := next(left, None)) is not None:
-                    reading.append(self._read(work, number))
+                    reading.append(self._read(rank_plan, number))
                 if not reading:
                     return
                 yield reading.popleft().result()
@@ -175,14 +175,14 @@ class DALILoader(Loader):
             if not pipeline.empty():  # an error has ended it
                 self._drop_pipeline()
 
-    def _pipeline_for(self, work: Work) -> _Pipeline:
+    def _pipeline_for(self, rank_plan: RankPlan) -> _Pipeline:
         shape = _Shape(
-            batch_size=work.batch_size,
-            sizes=tuple(rendering.size for rendering in work.renderings),
+            batch_size=rank_plan.batch_size,
+            sizes=tuple(each.size for each in rank_plan.crops),
             workers=max(self._options.workers, 1),
             device=self._options.device,
             hw_decoder_load=self._options.hw_decoder_load,
-            exact=_exact(work, self.index.sizes),
+            exact=_exact(rank_plan, self.index.sizes),
         )
         if self._pipeline is not None and self._pipeline.shape != shape:
             self._drop_pipeline()
@@ -195,12 +195,12 @@ class DALILoader(Loader):
             self._pipeline.close()
             self._pipeline = None
 
-    def _read(self, work: Work, number: int) -> _Pending:
-        rows = work.rows(number)
-        ids = work.ids[rows]
+    def _read(self, rank_plan: RankPlan, number: int) -> _Pending:
+        rows = rank_plan.rows(number)
+        ids = rank_plan.ids[rows]
         files = self._store.begin(ids, self._fetch)
-        boxes = np.stack([rendering.boxes[rows] for rendering in work.renderings])  # [R, n, 4]
-        flips = np.stack([rendering.flips[rows] for rendering in work.renderings])  # [R, n]
+        boxes = np.stack([each.boxes[rows] for each in rank_plan.crops])  # [R, n, 4]
+        flips = np.stack([each.flips[rows] for each in rank_plan.crops])  # [R, n]
         return _Pending(ids, files, _place(boxes, self.index.sizes[ids]), flips)
 
     def _fetch(self, ids: NDArray[np.int64]) -> Fetched:
@@ -304,11 +304,11 @@ def _place(boxes: NDArray[np.int32], sizes: NDArray[np.int32]) -> _Places:
     )
 
 
-def _exact(work: Work, sizes: NDArray[np.int32]) -> bool:
+def _exact(rank_plan: RankPlan, sizes: NDArray[np.int32]) -> bool:
     """Whether all renderings show the same boxes, and none reaches outside its image."""
-    boxes = work.renderings[0].boxes
-    same = all(np.array_equal(rendering.boxes, boxes) for rendering in work.renderings[1:])
-    inside = (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= sizes[work.ids]).all()
+    boxes = rank_plan.crops[0].boxes
+    same = all(np.array_equal(each.boxes, boxes) for each in rank_plan.crops[1:])
+    inside = (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= sizes[rank_plan.ids]).all()
     return bool(same and inside)
 
 
@@ -375,13 +375,13 @@ class _Pipeline:
     def _graph(self) -> Iterator[Any]:
         fn, types = self._dali.fn, self._dali.types
 
-        renderings = len(self.shape.sizes)
-        boxes = [] if self.shape.exact else [types.INT32] * (2 * renderings)
-        dtypes = [types.UINT8, types.INT32, types.INT32, *[types.FLOAT] * (2 * renderings), *boxes]
+        crops = len(self.shape.sizes)
+        boxes = [] if self.shape.exact else [types.INT32] * (2 * crops)
+        dtypes = [types.UINT8, types.INT32, types.INT32, *[types.FLOAT] * (2 * crops), *boxes]
         files, start, shape, *views = fn.external_source(
             source=self._next, num_outputs=len(dtypes), batch=True, no_copy=True, dtype=dtypes
         )
-        begins, ends, box_starts, box_shapes = (views[renderings * k : renderings * (k + 1)] for k in range(4))
+        begins, ends, box_starts, box_shapes = (views[crops * k : crops * (k + 1)] for k in range(4))
         # jpeg_fancy_upsampling: chroma as the CPU decoders interpolate it
         decode = {"output_type": types.RGB, "adjust_orientation": False}
         if self._gpu:

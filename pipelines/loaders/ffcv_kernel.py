@@ -336,10 +336,10 @@ def render_samples(  # type: ignore[no-untyped-def]
         height, width = int(stored[row, 0]), int(stored[row, 1])
         data = file[pointers[row] : pointers[row] + lengths[row]]
         failed[row] = not raw[row] and _decompress(decompress, handle, data, pixels, width, height) != 0
-        for rendering in range(len(sizes)):
-            size = sizes[rendering]
-            place = places[rendering] + row * size * size * 3
-            box, flip = boxes[rendering, row], flips[rendering, row]
+        for each in range(len(sizes)):
+            size = sizes[each]
+            place = places[each] + row * size * size * 3
+            box, flip = boxes[each, row], flips[each, row]
             if failed[row]:
                 out[place : place + size * size * 3] = 0
             elif raw[row]:

@@ -34,7 +34,7 @@ from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
 from pipelines.files import map_file, memory_bytes, will_need
 from pipelines.formats.beton import BetonLayout, import_ffcv, index_folder, read_layout
 from pipelines.index import DatasetIndex
-from pipelines.plan import Work
+from pipelines.plan import RankPlan
 
 AHEAD = 3  # batches in the making, besides the one in use; FFCV's batches_ahead
 CHUNK = 16  # rows a thread takes at a time
@@ -77,19 +77,19 @@ class FFCVLoader(Loader):
             "resize": "bilinear, antialiased, uint8",
         }
 
-    def _execute(self, work: Work) -> Generator[Batch, None, None]:
+    def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
         from pipelines.loaders.ffcv_kernel import render_samples  # compiles, or loads what was compiled
 
-        task = _Task(work, self._layout, self._file, self._decoders, render_samples)
+        task = _Task(rank_plan, self._layout, self._file, self._decoders, render_samples)
         making: deque[_Making] = deque()
         try:
-            for number in range(work.batches):
-                if len(work.ids[work.rows(number)]):
+            for number in range(rank_plan.batches):
+                if len(rank_plan.ids[rank_plan.rows(number)]):
                     making.append(self._start(task, number))
                 if len(making) > AHEAD:
-                    yield self._finish(making.popleft(), work)
+                    yield self._finish(making.popleft(), rank_plan)
             while making:
-                yield self._finish(making.popleft(), work)
+                yield self._finish(making.popleft(), rank_plan)
         finally:
             for batch in making:  # chunks that have begun finish into memory that they keep alive
                 for chunk in batch.chunks:
@@ -97,13 +97,13 @@ class FFCVLoader(Loader):
 
     def _start(self, task: _Task, number: int) -> _Making:
         """Allocate batch `number` and give its rows to the threads."""
-        rows = task.work.rows(number)
+        rows = task.rank_plan.rows(number)
         if self._scarce:
-            ids = task.work.ids[rows]
+            ids = task.rank_plan.ids[rows]
             pointers, lengths = self._layout.pointers[ids], self._layout.lengths[ids]
             for pointer, length in zip(pointers.tolist(), lengths.tolist(), strict=True):
                 will_need(self._scarce, pointer, length)
-        count, sizes = rows.stop - rows.start, [rendering.size for rendering in task.work.renderings]
+        count, sizes = rows.stop - rows.start, [each.size for each in task.rank_plan.crops]
         cuda = self._options.device.type == "cuda"
         # pinning belongs to the GPU that trains: torch would create a context on the first one
         with torch.cuda.device(self._options.device) if cuda else nullcontext():
@@ -117,16 +117,16 @@ class FFCVLoader(Loader):
         ]
         return _Making(rows, memory, chunks)
 
-    def _finish(self, making: _Making, work: Work) -> Batch:
+    def _finish(self, making: _Making, rank_plan: RankPlan) -> Batch:
         failed = np.concatenate([chunk.result() for chunk in making.chunks])
-        ids = work.ids[making.rows]
+        ids = rank_plan.ids[making.rows]
         for sample_id in ids[failed].tolist():
             name = self.index.names[sample_id]
             self._handle(DecodeError(sample_id, name, "its JPEG data is damaged"), self._options)
-        parts = making.memory.split([len(ids) * r.size * r.size * 3 for r in work.renderings])
+        parts = making.memory.split([len(ids) * r.size * r.size * 3 for r in rank_plan.crops])
         images = tuple(
-            part.view(len(ids), rendering.size, rendering.size, 3).permute(0, 3, 1, 2)
-            for part, rendering in zip(parts, work.renderings, strict=True)
+            part.view(len(ids), each.size, each.size, 3).permute(0, 3, 1, 2)
+            for part, each in zip(parts, rank_plan.crops, strict=True)
         )
         ids_on_cpu = torch.from_numpy(ids)
         return Batch(images=images, labels=self._labels[ids_on_cpu], ids=ids_on_cpu)
@@ -151,16 +151,22 @@ class _Task:
     """Renders rows of an epoch; called by the threads."""
 
     def __init__(
-        self, work: Work, layout: BetonLayout, file: NDArray[np.uint8], decoders: _Decoders, render: Any
+        self, rank_plan: RankPlan, layout: BetonLayout, file: NDArray[np.uint8], decoders: _Decoders, render: Any
     ) -> None:
-        self.work, self._layout, self._file, self._decoders, self._render = work, layout, file, decoders, render
-        self._boxes = np.stack([r.boxes for r in work.renderings])  # [R, M, 4]
-        self._flips = np.stack([r.flips for r in work.renderings])  # [R, M]
-        self._sizes = np.array([r.size for r in work.renderings], np.int64)
+        self.rank_plan, self._layout, self._file, self._decoders, self._render = (
+            rank_plan,
+            layout,
+            file,
+            decoders,
+            render,
+        )
+        self._boxes = np.stack([r.boxes for r in rank_plan.crops])  # [R, M, 4]
+        self._flips = np.stack([r.flips for r in rank_plan.crops])  # [R, M]
+        self._sizes = np.array([r.size for r in rank_plan.crops], np.int64)
 
     def __call__(self, memory: Tensor, batch: slice, rows: slice) -> NDArray[np.bool_]:
         """Render `rows`, a part of `batch`, into their place in `memory`; return which rows failed."""
-        layout, ids = self._layout, self.work.ids[rows]
+        layout, ids = self._layout, self.rank_plan.ids[rows]
         pixels = self._sizes**2 * 3
         starts = np.concatenate([[0], np.cumsum(pixels[:-1] * (batch.stop - batch.start))])
         failed = np.zeros(len(ids), np.bool_)

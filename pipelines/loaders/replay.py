@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from pipelines.base import Batch, Loader, LoaderOptions, open_loader
-from pipelines.plan import Work
+from pipelines.plan import RankPlan
 
 KEPT = 4  # batches
 
@@ -40,22 +40,22 @@ class ReplayLoader(Loader):
     def fingerprint(self) -> Mapping[str, str]:
         return {**self._loader.fingerprint, "replayed": str(self._kept)}
 
-    def _execute(self, work: Work) -> Generator[Batch, None, None]:
-        shape = (work.batch_size, *(rendering.size for rendering in work.renderings))
+    def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
+        shape = (rank_plan.batch_size, *(each.size for each in rank_plan.crops))
         if shape != self._shape or not self._batches:
-            self._batches, self._shape = self._record(work), shape
-        for number in range(work.batches):
-            rows = work.rows(number)
-            if count := len(work.ids[rows]):
+            self._batches, self._shape = self._record(rank_plan), shape
+        for number in range(rank_plan.batches):
+            rows = rank_plan.rows(number)
+            if count := len(rank_plan.ids[rows]):
                 yield _first(self._batches[number % len(self._batches)], count)
 
-    def _record(self, work: Work) -> list[Batch]:
-        epoch = self._loader.epoch(work)
+    def _record(self, rank_plan: RankPlan) -> list[Batch]:
+        epoch = self._loader.epoch(rank_plan)
         try:
             batches = list(islice(epoch, self._kept))
         finally:
             epoch.close()
-        whole = [batch for batch in batches if len(batch.ids) == work.batch_size]
+        whole = [batch for batch in batches if len(batch.ids) == rank_plan.batch_size]
         return whole or batches[:1]
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipelines.base import Batch, Loader, LoaderOptions
 from pipelines.index import DatasetIndex
-from pipelines.plan import Rendering, Work
+from pipelines.plan import Crops, RankPlan
 
 IMAGES = "images.npy"
 
@@ -61,12 +61,12 @@ class ResidentLoader(Loader):
     def fingerprint(self) -> Mapping[str, str]:
         return {"backend": "resident", "resize": "bilinear, antialiased, float32"}
 
-    def _execute(self, work: Work) -> Generator[Batch, None, None]:
-        views = [self._prepare(rendering) for rendering in work.renderings]
-        ids = torch.from_numpy(work.ids)
+    def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
+        views = [self._prepare(each) for each in rank_plan.crops]
+        ids = torch.from_numpy(rank_plan.ids)
         device_ids = ids.to(self._device)
-        for number in range(work.batches):
-            rows = work.rows(number)
+        for number in range(rank_plan.batches):
+            rows = rank_plan.rows(number)
             if len(ids[rows]):
                 images = tuple(view(device_ids[rows], rows) for view in views)
                 yield Batch(images=images, labels=self._labels[device_ids[rows]], ids=ids[rows])
@@ -75,17 +75,17 @@ class ResidentLoader(Loader):
         super().close()
         self._images = self._images[:0].clone()
 
-    def _prepare(self, rendering: Rendering) -> _Crop | _Resize:
+    def _prepare(self, each: Crops) -> _Crop | _Resize:
         """Move an epoch's boxes to the device once, and choose the exact crop where nothing is resized."""
         height, width = self.index.sizes[0]
-        reach = _reach(rendering.boxes, height, width)
+        reach = _reach(each.boxes, height, width)
         if reach > self._margin:
             self._pad(reach)
-        boxes = torch.from_numpy(rendering.boxes).to(self._device, torch.int64)  # [M, 4]
+        boxes = torch.from_numpy(each.boxes).to(self._device, torch.int64)  # [M, 4]
         boxes[:, :2] += self._margin
-        flips = torch.from_numpy(rendering.flips).to(self._device)
-        exact = bool((rendering.boxes[:, 2:] == rendering.size).all())
-        return (_Crop if exact else _Resize)(self._images, boxes, flips, rendering.size)
+        flips = torch.from_numpy(each.flips).to(self._device)
+        exact = bool((each.boxes[:, 2:] == each.size).all())
+        return (_Crop if exact else _Resize)(self._images, boxes, flips, each.size)
 
     def _pad(self, margin: int) -> None:
         """Surround every image by `margin` black pixels, so that every box lies inside."""

@@ -16,7 +16,7 @@ import torch
 
 from pipelines.base import Batch, Loader, LoaderOptions
 from pipelines.index import DatasetIndex
-from pipelines.plan import Work
+from pipelines.plan import RankPlan
 
 STORED_SIZE = 512  # height and width that boxes are planned for, pixels
 
@@ -55,16 +55,18 @@ class SyntheticLoader(Loader):
     def fingerprint(self) -> Mapping[str, str]:
         return {"backend": "synthetic"}
 
-    def _execute(self, work: Work) -> Generator[Batch, None, None]:
+    def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
         generator = torch.Generator().manual_seed(0)
         noise = [
-            torch.randint(0, 256, (work.batch_size, r.size, r.size, 3), dtype=torch.uint8, generator=generator)
-            for r in work.renderings
+            torch.randint(
+                0, 256, (rank_plan.batch_size, r.size, r.size, 3), dtype=torch.uint8, generator=generator
+            )
+            for r in rank_plan.crops
         ]
         images = [each.to(self._device).permute(0, 3, 1, 2) for each in noise]
-        ids = torch.from_numpy(work.ids)
-        for number in range(work.batches):
-            rows = ids[work.rows(number)]
+        ids = torch.from_numpy(rank_plan.ids)
+        for number in range(rank_plan.batches):
+            rows = ids[rank_plan.rows(number)]
             if len(rows):
                 yield Batch(
                     images=tuple(each[: len(rows)] for each in images), labels=self._labels[rows], ids=rows

@@ -21,7 +21,7 @@ from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
 from pipelines.image_folder import index_image_folder
 from pipelines.images import decode, render
 from pipelines.index import DatasetIndex
-from pipelines.plan import Work
+from pipelines.plan import RankPlan
 
 
 class _Request(NamedTuple):
@@ -57,8 +57,8 @@ class TorchLoader(Loader):
     def fingerprint(self) -> Mapping[str, str]:
         return {"backend": "torch", "decode": "torchvision.io", "resize": "bilinear, antialiased, uint8"}
 
-    def _execute(self, work: Work) -> Generator[Batch, None, None]:
-        self._requests.work = work
+    def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
+        self._requests.rank_plan = rank_plan
         for images, labels, ids, errors in self._loader:
             for error in errors:
                 self._handle(error, self._options)
@@ -75,16 +75,16 @@ class TorchLoader(Loader):
 class _Requests(Sampler[_Request]):
     """The batches of the current epoch, as the sampler of a DataLoader that outlives epochs."""
 
-    work: Work | None = None
+    rank_plan: RankPlan | None = None
 
     def __iter__(self) -> Iterator[_Request]:
-        work = self.work
-        assert work is not None
-        for number in range(work.batches):
-            rows = work.rows(number)
-            if len(work.ids[rows]):
-                views = [(r.boxes[rows], r.flips[rows], r.size) for r in work.renderings]
-                yield _Request(work.ids[rows], views)
+        rank_plan = self.rank_plan
+        assert rank_plan is not None
+        for number in range(rank_plan.batches):
+            rows = rank_plan.rows(number)
+            if len(rank_plan.ids[rows]):
+                views = [(r.boxes[rows], r.flips[rows], r.size) for r in rank_plan.crops]
+                yield _Request(rank_plan.ids[rows], views)
 
 
 # Renderings, labels, ids, and what could not be decoded. Errors travel as values: a DataLoader turns an
