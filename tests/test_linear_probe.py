@@ -12,7 +12,7 @@ from conftest import Digits, forget_accelerate, run_program
 from PIL import Image
 
 from fastdcd import linear_probe, models, weights
-from fastdcd.config import Probe
+from fastdcd.linear_probe import Probe
 from fastdcd.train import train
 from pipelines.base import LoaderOptions
 from pipelines.published_datasets import open_pair

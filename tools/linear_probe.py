@@ -12,7 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import fr
 
 import torch
 
-from fastdcd import cli, config, config_file, linear_probe
+from fastdcd import cli, config_file, linear_probe
 from fastdcd.evaluate import Accuracy
 from pipelines.base import LoaderOptions
 from pipelines.image_folder import user_cache
@@ -59,7 +59,7 @@ def main() -> int:
     return 0
 
 
-def run(checkpoint: Path, data: Path, cfg: config.Probe) -> Row:
+def run(checkpoint: Path, data: Path, cfg: linear_probe.Probe) -> Row:
     started = time.perf_counter()
     device = torch.device(cfg.data.device if cfg.data.device != "auto" else _best_device())
     if device.type == "cuda" and not torch.cuda.is_available():
