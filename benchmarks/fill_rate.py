@@ -89,7 +89,7 @@ def bare(cfg: config.Config) -> float:
         index, teacher = parts.loader.index, parts.teacher
         plan = experiment.epoch_plan(cfg, parts.loader, Center(), 0)
         batch = next(parts.loader.epoch(plan.for_rank((teacher.size,))))
-        images = batch.images[0].to(parts.accelerator.device)
+        images = batch.at(teacher.size).to(parts.accelerator.device)
         begin = time.perf_counter()
         for _ in range(-(-len(index) // teacher.rows)):
             teacher.features(images)

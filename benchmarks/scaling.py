@@ -2,7 +2,7 @@
 
 Every process has the same rows (weak scaling): efficiency is images/s of two over twice those of one. One and two
 processes take turns over several rounds. In each process three kinds of step take turns: as in training, without DDP's
-exchange of gradients, and without DCD; the differences are their shares.
+exchange of gradients, and without DCD; the differences are their shares. All are fastdcd.step.TrainStep.
 """
 
 from __future__ import annotations
@@ -16,55 +16,65 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from accelerate.utils import broadcast
 
 from benchmarks import record
-from fastdcd import models
-from fastdcd.config import Loss
+from fastdcd import config_file, experiment, models
 from fastdcd.distill import DistillModule
 from fastdcd.models import ModelOutput
+from fastdcd.step import TrainStep
 
+SIZE, CLASSES, TEACHER_DIM = 32, 100, 256
 KINDS = ("step", "without DDP's exchange", "without DCD")
 
 
 def measure(model: str, rows: int, seconds: float) -> dict[str, float]:
     """Median seconds of each kind of step, on every process of the group alike."""
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    classes, size = 100, 32
-    modules: dict[str, DistributedDataParallel] = {}
+    tree = {
+        "data": {"train": "none", "val": "none", "device": "cpu"},  # no images are read
+        "student": {"model": model, "image_size": SIZE},
+        "teacher": {"mode": "online", "model": "none"},
+        "loss": {"kd": 1.0, "dcd": 1.0},
+        "optim": {"lr": 1e-3},
+        "run": {"trackers": []},
+    }
+    cfg = config_file.parse(tree, "benchmarks/scaling.py")
+    accelerator = experiment.make_accelerator(cfg)
+    steps: dict[str, TrainStep] = {}
     for name, dcd in (("with", 1.0), ("without", 0.0)):
-        student = models.build(model, classes=classes)
+        student = models.build(model, classes=CLASSES)
         normalize = models.normalize_for(model, None, None)
-        module = DistillModule(student, normalize, Loss(kd=1.0, dcd=dcd), teacher_dim=256)
-        modules[name] = DistributedDataParallel(module.to(memory_format=torch.channels_last))
-    images = torch.randint(0, 256, (rows, 3, size, size), dtype=torch.uint8)
-    labels = torch.randint(0, classes, (rows,))
-    teacher = ModelOutput(torch.randn(rows, 256), torch.randn(rows, classes))
+        loss = replace(cfg.loss, dcd=dcd)
+        module = DistillModule(student, normalize, loss, teacher_dim=TEACHER_DIM).to(
+            memory_format=torch.channels_last
+        )
+        steps[name] = TrainStep(cfg, module, accelerator, steps_per_epoch=1)
+    images = torch.randint(0, 256, (rows, 3, SIZE, SIZE), dtype=torch.uint8)
+    labels = torch.randint(0, CLASSES, (rows,))
+    teacher_outputs = ModelOutput(torch.randn(rows, TEACHER_DIM), torch.randn(rows, CLASSES))
+    everyone = rows * accelerator.num_processes
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     begin = time.perf_counter()
     go_on = torch.ones(1)
     while go_on:
         for kind in KINDS:
-            wrapped = modules["without" if kind == "without DCD" else "with"]
-            optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-3, momentum=0.9)
-            dist.barrier()
+            step = steps["without" if kind == "without DCD" else "with"]
+            accelerator.wait_for_everyone()
             start = time.perf_counter()
-            with wrapped.no_sync() if kind == "without DDP's exchange" else nullcontext():
-                wrapped(images, labels, teacher, float(rows))["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            silent = kind == "without DDP's exchange"
+            with accelerator.no_sync(step.wrapped) if silent else nullcontext():
+                step(images, labels, teacher_outputs, rows=everyone, number=0)
             found[kind].append(time.perf_counter() - start)
         go_on[0] = float(time.perf_counter() - begin < seconds or len(found["step"]) < 8)
-        dist.broadcast(go_on, 0)
-    dist.destroy_process_group()
+        go_on = broadcast(go_on)
+    accelerator.end_training()
     return {kind: statistics.median(each[2:]) for kind, each in found.items()}
 
 
@@ -83,7 +93,9 @@ def launch(count: int, arguments: argparse.Namespace) -> dict[str, float]:
     }
     processes = [
         subprocess.Popen(
-            [*command, str(rank)], env={**os.environ, **shared, "RANK": str(rank)}, stdout=subprocess.PIPE
+            [*command, str(rank)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
         )
         for rank in range(count)
     ]

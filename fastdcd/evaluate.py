@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -13,9 +12,8 @@ from torch import Tensor
 
 from fastdcd.config import Eval
 from pipelines.base import Loader
-from pipelines.plan import EpochPlan
+from pipelines.plan import evaluation_plan
 from pipelines.prefetch import prefetch
-from pipelines.views import Center
 
 
 class Accuracy(NamedTuple):
@@ -36,20 +34,14 @@ def evaluate(
     size: int,
 ) -> Accuracy:
     """Accuracy of `predict` (uint8 [n, 3, size, size] -> logits [n, classes]) over centre crops of all samples."""
-    plan = EpochPlan(
-        index=loader.index,
-        family=Center(crop_ratio=config.crop_ratio),
-        view_seed=0,
-        view=0,
-        order=np.arange(len(loader.index)),
-        batch_size=max(config.batch_size, accelerator.num_processes),
-    )
+    batch_size = max(config.batch_size, accelerator.num_processes)
+    plan = evaluation_plan(loader.index, crop_ratio=config.crop_ratio, batch_size=batch_size)
     rank_plan = plan.for_rank((size,), rank=accelerator.process_index, world_size=accelerator.num_processes)
     totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # top-1, top-5, summed loss
     for batch, _ in prefetch(loader.epoch(rank_plan), lambda ids: None, accelerator.device):
         if not len(batch.labels):
             continue
-        images = batch.images[0]
+        images = batch.at(size)
         with accelerator.autocast():
             logits = predict(images).float()
         if config.flip:

@@ -25,6 +25,7 @@ from fastdcd.teacher import Teacher, load_teacher
 from pipelines.base import Loader, LoaderOptions, open_loader
 from pipelines.files import replace_file, write_json
 from pipelines.image_folder import read_classes, user_cache
+from pipelines.index import DatasetIndex
 from pipelines.plan import EpochPlan, order
 from pipelines.views import FAMILIES, ViewFamily
 
@@ -124,6 +125,11 @@ def epoch_plan(config: Config, loader: Loader, family: ViewFamily, epoch: int) -
         order=order(len(loader.index), seed=config.run.seed, epoch=epoch, kind=config.data.order),
         batch_size=config.data.batch_size,
     )
+
+
+def steps_per_epoch(cfg: Config, index: DatasetIndex) -> int:
+    """Steps of an epoch of training; the last one's batch may be short."""
+    return -(-len(index) // cfg.data.batch_size)
 
 
 def build_teacher(

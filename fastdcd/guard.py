@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-class GuardedStep:
+class GuardedOptimizer:
     """Takes optimizer steps, and leaves out one whose gradient is not finite, as if its batch had not been there.
 
     After DDP's mean all processes hold the same gradient, so all decide alike without asking each other, and
@@ -18,13 +18,10 @@ class GuardedStep:
     GradScaler. For others weights and optimizer state are copied before the step and taken from the copy where
     the gradient was bad, at the price of that much memory. BatchNorm statistics, which the forward pass has
     moved by then, come from a copy in either case.
-
-    Attributes:
-        finite: bool, 0-dimensional: whether the last step was taken.
     """
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, accelerator: Accelerator, *, limit: int) -> None:
-        """`limit` skipped steps in a row end the run. Restore checkpoints before: BatchNorm statistics are noted."""
+        """`limit` skipped steps in a row end the run."""
         self._parameters = [each for each in module.parameters() if each.requires_grad]
         self._buffers = [each for each in module.buffers() if each.is_floating_point()]
         self._good_buffers = _flat(self._buffers)
@@ -33,23 +30,26 @@ class GuardedStep:
         # torch's own sign, which GradScaler looks for
         self._step = self._told if getattr(self._own, "_step_supports_amp_scaling", False) else self._undone
         self._skipped, self._in_a_row, self._most = torch.zeros(3, device=accelerator.device).unbind()
-        self.finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
+
+    def remember(self) -> None:
+        """Note BatchNorm statistics, before the forward pass moves them."""
+        self._good_buffers = _flat(self._buffers)
 
     @torch.no_grad()
-    def step(self) -> None:
-        """One optimizer step, after backward (and clipping)."""
+    def step(self) -> Tensor:
+        """One optimizer step, after backward (and clipping). Returns whether it was taken: bool, 0-dimensional."""
         gradients = [each.grad for each in self._parameters if each.grad is not None]
         # the largest magnitude: a sum of squares could overflow where no gradient did
         finite = torch.stack(torch._foreach_norm(gradients, ord=float("inf"))).amax().isfinite()
         self._step(finite)
         if self._buffers:
-            self._good_buffers = torch.where(finite, _flat(self._buffers), self._good_buffers)
-            good = self._good_buffers.split([each.numel() for each in self._buffers])
+            good_buffers = torch.where(finite, _flat(self._buffers), self._good_buffers)
+            good = good_buffers.split([each.numel() for each in self._buffers])
             torch._foreach_copy_(self._buffers, [g.view_as(b) for g, b in zip(good, self._buffers, strict=True)])
-        self.finite = finite
         self._skipped += ~finite
         self._in_a_row.add_(1).mul_(~finite)
         torch.maximum(self._most, self._in_a_row, out=self._most)
+        return finite
 
     def _told(self, finite: Tensor) -> None:
         """A step of an optimizer that leaves it out itself. With loss scaling, the scaler tells it."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -25,9 +24,8 @@ from fastdcd.optim import build_optimizer
 from fastdcd.schedule import learning_rate, set_learning_rate
 from fastdcd.teacher import Member, Teacher
 from pipelines.base import Loader
-from pipelines.plan import EpochPlan, order
+from pipelines.plan import evaluation_plan, order
 from pipelines.prefetch import prefetch
-from pipelines.views import Center
 
 
 # What the paper's protocol sets where the defaults of an experiment differ.
@@ -140,17 +138,10 @@ def load_frozen(section: ProbeStudent, checkpoint: Path, device: torch.device) -
 
 def extract(frozen: Teacher, loader: Loader, *, crop_ratio: float, device: torch.device) -> Features:
     """Pooled features of centre crops of all samples, each computed once, in the order of their ids."""
-    plan = EpochPlan(
-        index=loader.index,
-        family=Center(crop_ratio=crop_ratio),
-        view_seed=0,
-        view=0,
-        order=np.arange(len(loader.index)),
-        batch_size=ROWS,
-    )
+    plan = evaluation_plan(loader.index, crop_ratio=crop_ratio, batch_size=ROWS)
     batches = prefetch(loader.epoch(plan.for_rank((frozen.size,))), lambda ids: None, device)
     parts = [
-        Features(frozen.features(batch.images[0]), batch.labels)
+        Features(frozen.features(batch.at(frozen.size)), batch.labels)
         for batch, _ in tqdm(batches, "features", plan.steps, leave=False, disable=None)
     ]
     features, labels = zip(*parts, strict=True)

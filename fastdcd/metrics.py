@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,23 @@ class RunningMeans:
         self._names, self._sums = tuple(values), row if self._sums is None else self._sums + row
 
     def take(
-        self, accelerator: Accelerator, others: dict[str, Tensor], own: float
-    ) -> tuple[dict[str, float], list[float]]:
-        """Means since the last call and `others` as they are, averaged over processes, and each process's `own`,
-        with one wait for the device. A mean over no steps is NaN."""
+        self, accelerator: Accelerator, others: dict[str, Tensor], own: Sequence[float]
+    ) -> tuple[dict[str, float], list[list[float]]]:
+        """Means since the last call and `others` as they are, averaged over processes, and the numbers `own` of every
+        process, [len(own)][processes], with one wait for the device. A mean over no steps is NaN."""
         values = {**self.on_device(), **others}
         count = accelerator.num_processes
-        each = torch.zeros(count)  # the mean of vectors that are zero but for one place holds all of them
-        each[accelerator.process_index] = own * count
+        each = torch.zeros(
+            len(own), count
+        )  # the mean of matrices that are zero but for one column holds all of them
+        each[:, accelerator.process_index] = torch.tensor(own) * count
         vector = torch.cat(
-            [torch.stack([value.float() for value in values.values()]), each.to(accelerator.device)]
+            [torch.stack([value.float() for value in values.values()]), each.flatten().to(accelerator.device)]
         )
         self._sums, self._steps = None, 0
         numbers = accelerator.reduce(vector, reduction="mean").tolist()
-        return dict(zip(values, numbers[:-count], strict=True)), numbers[-count:]
+        of_processes = [numbers[len(values) + k * count :][:count] for k in range(len(own))]
+        return dict(zip(values, numbers, strict=False)), of_processes
 
     def on_device(self) -> dict[str, Tensor]:
         """Means so far as tensors; nothing waits for the device."""
@@ -95,9 +98,9 @@ class Stopwatch:
                 return
             yield item
 
-    def count(self, images: int) -> None:
-        """A step over `images` images of all processes was taken."""
-        self._images += images
+    def count(self, rows: int) -> None:
+        """A step over `rows` images of all processes was taken."""
+        self._images += rows
 
     def take(self, waits: list[float]) -> dict[str, Any]:
         """images_per_second of all processes and data_wait, the mean of theirs (0..1), since the last call. Of

@@ -18,7 +18,7 @@ def _sgd(groups: list[dict[str, Any]], config: Optim) -> Optimizer:
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
     )
     if config.momentum:
-        # A first step that is left out (GuardedStep) would leave the fused kernel's momentum uninitialised.
+        # A first step that is left out (GuardedOptimizer) would leave the fused kernel's momentum uninitialised.
         for group in groups:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

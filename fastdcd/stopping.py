@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Self
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 
 class StopRequest:
@@ -40,18 +39,18 @@ class StopRequest:
             signal.signal(number, handler)
         self._previous = {}
 
-    def vote(self) -> dict[str, Tensor]:
-        """Whether this process wants to stop, to travel with the logged means; nothing waits for the device."""
-        return {"stop": torch.full((), float(self._received), device=self._accelerator.device)}
+    def vote(self) -> float:
+        """1 if this process was asked to stop, else 0."""
+        return float(self._received)
 
-    def poll(self, step: int, *, limit: int, votes: float | None) -> None:
+    def poll(self, step: int, *, limit: int, votes: Sequence[float] | None) -> None:
         """Decide after `step` whether to stop: at step `limit` (0: never), or on a signal to any process.
 
-        `votes` is the mean of all processes' votes, where they have just been exchanged.
+        `votes` has every process's vote, where they have just been exchanged.
         """
         if limit and step >= limit:
             self.requested = True
         elif self._accelerator.num_processes == 1:
             self.requested = self._received
         elif votes is not None:
-            self.requested = votes > 0
+            self.requested = any(votes)

@@ -31,10 +31,11 @@ class TeacherMode(Protocol):
     """Knowledge of the teacher, batch by batch."""
 
     images_seen: int
-    """Images the teacher looked at in training."""
+    """Images the teacher looked at in training, since this process began."""
 
-    def begin(self, epoch: int) -> int | None:
-        """Prepare an epoch. Returns the image size the teacher must see, or None if it looks at nothing."""
+    def begin(self, view: int) -> int | None:
+        """Prepare an epoch that shows `view`. Returns the image size the teacher must see, or None if it looks at
+        nothing."""
         ...
 
     def read_cached(self, ids: Tensor) -> Tensor | None:
@@ -61,7 +62,7 @@ class NoTeacher:
 
     images_seen = 0
 
-    def begin(self, epoch: int) -> int | None:
+    def begin(self, view: int) -> int | None:
         return None
 
     def read_cached(self, ids: Tensor) -> Tensor | None:
@@ -83,12 +84,12 @@ class OnlineTeacher(NoTeacher):
     def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher
 
-    def begin(self, epoch: int) -> int | None:
+    def begin(self, view: int) -> int | None:
         return self.teacher.size
 
     def outputs(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
         self.images_seen += len(batch.ids)
-        features = self.teacher.features(batch.images[-1])
+        features = self.teacher.features(batch.at(self.teacher.size))
         return ModelOutput(features, self.teacher.logits(features))
 
 
@@ -112,8 +113,7 @@ class CachedTeacher(NoTeacher):
         self.device, self.on_device = device, _held_on_device(cache, device, where)
         self.rows: Tensor | None = None  # the whole view, if it is held on the device
 
-    def begin(self, epoch: int) -> int | None:
-        view = epoch % self.view_count
+    def begin(self, view: int) -> int | None:
         if self.checks:
             self.checks.wait(view)
             self.checks.start((view + 1) % self.view_count)
@@ -190,15 +190,15 @@ class FillingTeacher(CachedTeacher):
         self.reading = False
         self._lock = lock
 
-    def begin(self, epoch: int) -> int | None:
-        self.view = epoch % self.view_count
+    def begin(self, view: int) -> int | None:
+        self.view = view
         self.reading = self.cache.complete(self.view)
         if self.reading:
-            return super().begin(epoch)
+            return super().begin(view)
         if self.first:
             self.cache.start(self.view)
         self.wait()
-        return self.online.begin(epoch)
+        return self.online.begin(view)
 
     def read_cached(self, ids: Tensor) -> Tensor | None:
         return super().read_cached(ids) if self.reading else None
@@ -340,7 +340,7 @@ def check_live(cache: TeacherCache, config: Config, loader: Loader, family: View
     )
     device = next(teacher.parameters()).device
     (batch,) = loader.epoch(plan.for_rank((teacher.size,)))
-    live = teacher.features(batch.images[0].to(device))
+    live = teacher.features(batch.at(teacher.size).to(device))
     stored = cache.manifest.codec.decode(cache.read(view, ids).to(device))
     cosine = float(torch.nn.functional.cosine_similarity(live, stored).min())
     crossed = cache.manifest.fingerprint.get("loader.backend") != loader.backend

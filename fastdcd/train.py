@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,16 @@ from typing import Any
 if __name__ == "__main__":  # run by path: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-from accelerate import Accelerator
-from torch import Tensor
 from tqdm import tqdm
 
 from fastdcd import checkpoint, cli, config_file, experiment
 from fastdcd.checkpoint import Progress
 from fastdcd.config import Config
 from fastdcd.evaluate import Accuracy, evaluate
-from fastdcd.guard import GuardedStep
-from fastdcd.metrics import MetricsWriter, RunningMeans, Stopwatch
-from fastdcd.models import ModelOutput
-from fastdcd.optim import build_optimizer
-from fastdcd.schedule import learning_rate, set_learning_rate
+from fastdcd.metrics import MetricsWriter, Stopwatch
+from fastdcd.step import TrainStep
 from fastdcd.stopping import StopRequest
 from fastdcd.teacher_modes import open_mode
-from pipelines.base import Batch
 from pipelines.prefetch import prefetch
 
 
@@ -45,86 +37,73 @@ def train(cfg: Config) -> dict[str, Any]:
         # ---- the parts
         classes = len(train_set.index.classes)
         family = experiment.view_family(cfg)
+        steps_per_epoch = experiment.steps_per_epoch(cfg, train_set.index)
         teacher = experiment.build_teacher(cfg, classes, accelerator)
         module = experiment.build_student(cfg, classes, teacher, accelerator)
-        wrapped, optimizer = accelerator.prepare(module, build_optimizer(module, cfg.optim))
+        step = TrainStep(cfg, module, accelerator, steps_per_epoch=steps_per_epoch)
         progress = Progress()
         if resume_from:
-            progress = checkpoint.restore(resume_from, module, optimizer, accelerator.scaler)
+            progress = checkpoint.restore(resume_from, module, step.optimizer, accelerator.scaler)
             accelerator.print(f"resumed from {resume_from}: epoch {progress.epoch}, step {progress.step}")
         experiment.write_config(cfg, accelerator)
         mode = open_mode(cfg, train_set, family, teacher, accelerator)
-        mode.images_seen = progress.teacher_images
         if teacher and cfg.teacher.evaluate:
             found = evaluate(teacher, val_set, accelerator, cfg.eval, size=teacher.size)
             accelerator.print(f"teacher {teacher.name}: top-1 {found.top1:.2f} % on {cfg.data.val}")
         metrics = MetricsWriter(cfg.run.dir / "metrics.jsonl", accelerator, resume_step=progress.step)
-        guard = GuardedStep(module, optimizer, accelerator, limit=cfg.train.max_skipped)
-        means, watch = RunningMeans(), Stopwatch(progress.seconds)
+        watch = Stopwatch(progress.seconds)
+        teacher_images = progress.teacher_images  # of the processes before this one
         accuracy: Accuracy | None = None
 
         def now() -> Progress:
-            return replace(progress, seconds=watch.seconds, teacher_images=mode.images_seen)
+            return replace(progress, seconds=watch.seconds, teacher_images=teacher_images + mode.images_seen)
 
         def save() -> None:
             mode.flush()
-            checkpoint.save(cfg, now(), module, optimizer, accelerator)
+            checkpoint.save(cfg, now(), module, step.optimizer, accelerator)
+
+        def evaluate_student() -> Accuracy:
+            module.eval()
+            return evaluate(module.predict, val_set, accelerator, cfg.eval, size=cfg.eval_size)
 
         # ---- the loop
-        steps_an_epoch = experiment.epoch_plan(cfg, train_set, family, 0).steps
         bar = tqdm(
-            total=cfg.train.epochs * steps_an_epoch,
+            total=cfg.train.epochs * steps_per_epoch,
             initial=progress.step,
             unit="step",
             disable=None if accelerator.is_main_process else True,
         )
         while progress.epoch < cfg.train.epochs and not stop.requested:
-            epoch = progress.epoch
+            epoch, student_size = progress.epoch, cfg.student_size(progress.epoch)
             plan = experiment.epoch_plan(cfg, train_set, family, epoch)
+            teacher_size = mode.begin(plan.view)
             rank_plan = plan.for_rank(
-                experiment.image_sizes(cfg.student_size(epoch), mode.begin(epoch)),
+                experiment.image_sizes(student_size, teacher_size),
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
                 start_step=progress.step_in_epoch,
             )
-            wrapped.train()
+            step.wrapped.train()
             watch.start()
             batches = prefetch(train_set.epoch(rank_plan), mode.read_cached, accelerator.device)
-            for batch, rows in watch.data_wait(batches):
-                rate = learning_rate(
-                    progress.step,
-                    steps_an_epoch,
-                    epochs=cfg.train.epochs,
-                    schedule=cfg.schedule,
-                    peak=cfg.optim.lr,
-                )
-                set_learning_rate(optimizer, rate)
-                images = plan.rows(progress.step_in_epoch)  # of all processes
-                teacher_outputs = mode.outputs(batch, rows)
-                terms = backward(wrapped, batch, teacher_outputs, images, accelerator, cfg.train.accumulate)
-                if cfg.train.clip:
-                    accelerator.clip_grad_norm_(wrapped.parameters(), cfg.train.clip)
-                guard.step()
-                optimizer.zero_grad(set_to_none=True)
-                module.after_step()
+            for batch, cached in watch.data_wait(batches):
+                teacher_outputs = mode.outputs(batch, cached)
+                images, labels = batch.at(student_size), batch.labels
+                rows = plan.rows(progress.step_in_epoch)  # of all processes
+                step(images, labels, teacher_outputs, rows=rows, number=progress.step)
 
-                means.add(terms, taken=guard.finite)
-                watch.count(images)
+                watch.count(rows)
                 progress = replace(progress, step=progress.step + 1, step_in_epoch=progress.step_in_epoch + 1)
                 bar.update()
                 last = progress.step_in_epoch == plan.steps
                 votes = None
                 if progress.step % cfg.train.log_every == 0 or last:
-                    # waits for the device
-                    values, waits = means.take(accelerator, {**guard.take(), **stop.vote()}, watch.waited)
-                    votes = values.pop("stop")
+                    values, (waits, votes) = step.take_metrics((watch.waited, stop.vote()))  # waits for the device
                     rates = watch.take(waits)
+                    rate = step.learning_rate(progress.step - 1)
                     metrics.write("train", epoch=epoch, step=progress.step, lr=rate, **values, **rates)
-                    reached = f", top-1 {accuracy.top1:.2f} %" if accuracy else ""
-                    bar.set_postfix_str(
-                        f"{rates['images_per_second']:,.0f} images/s, data wait {rates['data_wait']:.0%}{reached}"
-                    )
-                    guard.check(values["skipped_in_a_row"])
+                    bar.set_postfix_str(_in_short(rates, accuracy))
+                    step.check(values["skipped_in_a_row"])
                 stop.poll(progress.step, limit=cfg.train.max_steps, votes=votes)
                 if stop.requested or last:
                     break
@@ -139,8 +118,7 @@ def train(cfg: Config) -> dict[str, Any]:
                 progress = replace(progress, epoch=epoch + 1, step_in_epoch=0)
                 mode.end()
                 if progress.epoch % cfg.eval.every == 0 or progress.epoch == cfg.train.epochs:
-                    module.eval()
-                    accuracy = evaluate(module.predict, val_set, accelerator, cfg.eval, size=cfg.eval_size)
+                    accuracy = evaluate_student()
                     progress = replace(progress, best_top1=max(progress.best_top1, accuracy.top1))
                     metrics.write("eval", epoch=epoch, step=progress.step, **accuracy._asdict())
                     bar.set_postfix_str(f"epoch {progress.epoch}, top-1 {accuracy.top1:.2f} %")
@@ -152,8 +130,7 @@ def train(cfg: Config) -> dict[str, Any]:
         # ---- the results
         finished = progress.epoch == cfg.train.epochs
         if finished and accuracy is None:  # resumed when all was done
-            module.eval()
-            accuracy = evaluate(module.predict, val_set, accelerator, cfg.eval, size=cfg.eval_size)
+            accuracy = evaluate_student()
         metrics.close()
         accelerator.end_training()
         summary = experiment.write_results(cfg, accelerator, module, now(), accuracy, finished)
@@ -166,37 +143,10 @@ def train(cfg: Config) -> dict[str, Any]:
     return summary
 
 
-def backward(
-    wrapped: torch.nn.Module,
-    batch: Batch,
-    teacher_outputs: ModelOutput | None,
-    rows: int,
-    accelerator: Accelerator,
-    parts: int,
-) -> dict[str, Tensor]:
-    """Accumulate the gradients of one batch, split into `parts`; returns its named loss terms.
-
-    `rows` is the batch's size over all processes: every term is a sum over local rows divided by
-    rows / processes, so that DDP's mean over processes is the mean over the whole batch.
-    """
-    divisor = rows / accelerator.num_processes / parts
-    images, labels = batch.images[0].tensor_split(parts), batch.labels.tensor_split(parts)
-    known = (
-        [None] * parts
-        if teacher_outputs is None
-        else [
-            ModelOutput(*pair)
-            for pair in zip(*(tensor.tensor_split(parts) for tensor in teacher_outputs), strict=True)
-        ]
-    )
-    means = RunningMeans()
-    for part in range(parts):
-        # gradients of DDP travel once a batch, with its last part
-        with nullcontext() if part == parts - 1 else accelerator.no_sync(wrapped):
-            terms = wrapped(images[part], labels[part], known[part], divisor)
-            accelerator.backward(terms["loss"] / parts)
-        means.add(terms)
-    return means.on_device()
+def _in_short(rates: dict[str, Any], accuracy: Accuracy | None) -> str:
+    """The newest figures, for the progress bar."""
+    reached = f", top-1 {accuracy.top1:.2f} %" if accuracy else ""
+    return f"{rates['images_per_second']:,.0f} images/s, data wait {rates['data_wait']:.0%}{reached}"
 
 
 def main() -> int:

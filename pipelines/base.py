@@ -52,6 +52,10 @@ class Batch:
     labels: Tensor
     ids: Tensor
 
+    def at(self, size: int) -> Tensor:
+        """The images of `size` x `size` pixels, uint8 [n, 3, size, size]."""
+        return next(images for images in self.images if images.shape[-1] == size)
+
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.index import DatasetIndex
-from pipelines.views import Boxes, Flips, ViewFamily, hash_key
+from pipelines.views import Boxes, Center, Flips, ViewFamily, hash_key
 
 # Paged order: samples of a page lie beside each other on disk; a window of pages is mixed in memory.
 PAGE_SAMPLES = 256
@@ -143,6 +143,18 @@ class EpochPlan:
             batch_size=last - first,
             batches=max(self.steps - start_step, 0),
         )
+
+
+def evaluation_plan(index: DatasetIndex, *, crop_ratio: float, batch_size: int) -> EpochPlan:
+    """Centre crops of all samples in the order of their ids."""
+    return EpochPlan(
+        index=index,
+        family=Center(crop_ratio=crop_ratio),
+        view_seed=0,
+        view=0,
+        order=np.arange(len(index)),
+        batch_size=batch_size,
+    )
 
 
 def _share(rows: int, rank: int, world_size: int) -> tuple[int, int]:

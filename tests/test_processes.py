@@ -21,7 +21,7 @@ from conftest import BOTH, ROOT, Digits, absent, metric_lines, run_program
 from torch import Tensor, nn
 
 from fastdcd import config, experiment
-from fastdcd.guard import GuardedStep
+from fastdcd.guard import GuardedOptimizer
 from fastdcd.optim import build_optimizer
 from fastdcd.train import train
 
@@ -157,14 +157,15 @@ def test_a_skipped_step_leaves_no_trace(name: str, bad_first: bool) -> None:
     """Weights, momentum and BatchNorm statistics: as if the bad batch had not been there, bit for bit."""
     settings = config.Optim(name=name, lr=0.1, weight_decay=0.1, momentum=0.9 if "sgd" in name else 0.0)
 
-    def train_on(batches: list[Tensor]) -> tuple[nn.Module, GuardedStep]:
+    def train_on(batches: list[Tensor]) -> tuple[nn.Module, GuardedOptimizer]:
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1))
         accelerator = Accelerator(cpu=True)
         module, optimizer = accelerator.prepare(module, build_optimizer(module, settings))
-        guard = GuardedStep(module, optimizer, accelerator, limit=2)
+        guard = GuardedOptimizer(module, optimizer, accelerator, limit=2)
         for batch in batches:
             optimizer.zero_grad()
+            guard.remember()
             module(batch).square().mean().backward()
             guard.step()
         return module, guard

@@ -17,7 +17,7 @@ from fastdcd import experiment
 from fastdcd.cache.store import Manifest, TeacherCache, free_bytes
 from fastdcd.config import Config
 from fastdcd.models import ModelOutput
-from fastdcd.optim import build_optimizer
+from fastdcd.step import TrainStep
 from fastdcd.teacher import Teacher
 from fastdcd.teacher_modes import expected_manifest
 from pipelines.base import Loader
@@ -183,19 +183,16 @@ def estimate(parts: Parts, *, seconds: float = 5.0) -> dict[str, Any]:
     images = images.to(accelerator.device)
     teacher_step = _median_seconds(lambda: parts.teacher.features(images), seconds, accelerator)
 
-    module = experiment.build_student(config, len(parts.loader.index.classes), parts.teacher, accelerator).train()
-    optimizer = build_optimizer(module, config.optim)
+    module = experiment.build_student(config, len(parts.loader.index.classes), parts.teacher, accelerator)
+    train_step = TrainStep(config, module, accelerator, steps_per_epoch=-(-rows // batch))
+    train_step.wrapped.train()
     student_images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=accelerator.device)
     labels = torch.randint(0, len(parts.loader.index.classes), (batch,), device=accelerator.device)
     features = torch.rand(batch, manifest.dim, device=accelerator.device)
 
     def step() -> None:
-        known = ModelOutput(features, parts.teacher.logits(features))
-        with accelerator.autocast():
-            loss = module(student_images, labels, known, batch)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        teacher_outputs = ModelOutput(features, parts.teacher.logits(features))
+        train_step(student_images, labels, teacher_outputs, rows=batch * accelerator.num_processes, number=0)
 
     cached_step = _median_seconds(step, seconds, accelerator)
     fill_seconds = views * rows / batch * teacher_step

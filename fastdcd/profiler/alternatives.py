@@ -28,7 +28,7 @@ MOST = 400  # steps of a turn
 Found = dict[str, dict[str, float]]
 
 
-def of_student(bench: Bench, index: DatasetIndex, classes: int, device_peak: int | None, seconds: float) -> Found:
+def of_student(bench: Bench, index: DatasetIndex, device_peak: int | None, seconds: float) -> Found:
     """A step of the student alone in bf16, with the other order of pixels, and with twice the rows.
 
     They take turns for about `seconds`, without data and without a teacher. One that is far slower is not asked
@@ -47,9 +47,9 @@ def of_student(bench: Bench, index: DatasetIndex, classes: int, device_peak: int
         changes["train.precision=bf16"] = replace(config, train=replace(config.train, precision="bf16"))
     if double <= len(index) and _room(device_peak, bench.accelerator):
         changes[f"data.batch_size={double}"] = replace(config, data=replace(config.data, batch_size=double))
-    benches = {"now": plain(config, bench, classes)}
+    benches = {"now": plain(config, bench, index)}
     for name, changed in changes.items():
-        benches[name] = plain(changed, bench, classes)
+        benches[name] = plain(changed, bench, index)
         if changed.train.precision != config.train.precision:
             in_bf16(benches[name])
     loader = SyntheticLoader(index, device)
@@ -115,7 +115,7 @@ def _dcd_seconds(bench: Bench, teacher: Teacher, form: str) -> float:
     """Forward and backward of the DCD term alone, by one form of it."""
     device, rows = bench.accelerator.device, bench.rows
     classes = 2
-    term = bench.module.terms["dcd"]
+    term = bench.step.module.terms["dcd"]
     assert isinstance(term, LossTerm)
     kept = term.config
     term.config = replace(kept, form=form)  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ def _dcd_seconds(bench: Bench, teacher: Teacher, form: str) -> float:
     known = random(teacher.feature_dim)
 
     def call() -> None:
-        student = random(bench.module.student.feature_dim)
+        student = random(bench.step.module.student.feature_dim)
         student.features.requires_grad_()
         labels = torch.zeros(rows, dtype=torch.int64, device=device)
         term(LossInputs(student, known, labels, rows))[0].backward()

@@ -11,6 +11,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,8 @@ from fastdcd.teacher_modes import open_mode
 from pipelines.base import Loader
 from pipelines.loaders.replay import ReplayLoader
 from pipelines.loaders.synthetic import SyntheticLoader
-from pipelines.plan import EpochPlan, RankPlan
+from pipelines.plan import RankPlan, evaluation_plan
 from pipelines.prefetch import prefetch
-from pipelines.views import Center
 
 FORMAT = "fastdcd-profile-2"
 LEAST = 12  # steps of a measurement, however slow they are
@@ -89,10 +89,11 @@ def profile(
         family = experiment.view_family(config)
         teacher = experiment.build_teacher(config, classes, accelerator)
         mode = open_mode(config, train, family, teacher, accelerator)
-        bench = set_up(config, accelerator, classes, family, teacher, mode)
+        bench = set_up(config, accelerator, train.index, family, teacher, mode)
         plan = experiment.epoch_plan(config, train, family, 0)
+        teacher_size = mode.begin(plan.view)
         rank_plan = plan.for_rank(
-            experiment.image_sizes(config.student_size(0), mode.begin(0)),
+            experiment.image_sizes(config.student_size(0), teacher_size),
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
@@ -110,7 +111,7 @@ def profile(
         synthetic = _measure(bench, synthetic_loader, 1.5 * share)
         ceilings = {"synthetic": _rate(synthetic, config), **_replayed(bench, train, config, share)}
         if config.teacher.mode != "none":
-            bare = plain(config, bench, classes)
+            bare = plain(config, bench, train.index)
             ceilings["plain_cross_entropy"] = _rate(_measure(bare, synthetic_loader, share), config)
         _steps_together(bench, train, steps, share)
         stage("communication")
@@ -124,7 +125,8 @@ def profile(
         stage("evaluation")
         evaluation = _evaluation(bench, val, share)
         stage("memory")
-        memory = {**_memory(bench, synthetic_loader), "device_peak": device_peak}
+        sizes = [crops.size for crops in rank_plan.crops]
+        memory = {**_memory(bench, synthetic_loader, sizes), "device_peak": device_peak}
         _steps_together(bench, train, steps, share)
         together = _summary(*steps.take())
         _split_backward(together, synthetic, communication)
@@ -132,7 +134,7 @@ def profile(
         stage("alternatives")
         found: alternatives.Found = {}
         if not quick:
-            found |= alternatives.of_student(bench, train.index, classes, device_peak, share)
+            found |= alternatives.of_student(bench, train.index, device_peak, share)
             found |= alternatives.of_teacher(bench) | alternatives.of_loss(bench)
             waiting = together["stages"].get("data_wait", {"mean": 0.0})["mean"] / together["step"]["mean"]
             if config.data.backend == "torch" and waiting >= WAITING and accelerator.is_main_process:
@@ -255,7 +257,7 @@ def _communication(
 
 def _gradient(bench: Bench) -> Tensor:
     """As large as all gradients: zeros [numbers], float32."""
-    count = sum(each.numel() for each in bench.module.parameters() if each.requires_grad)
+    count = sum(each.numel() for each in bench.step.module.parameters() if each.requires_grad)
     return torch.zeros(count, device=bench.accelerator.device)
 
 
@@ -286,27 +288,21 @@ def _split_backward(
 def _evaluation(bench: Bench, val: Loader, seconds: float) -> dict[str, float]:
     """Seconds of one evaluation, from some of its batches."""
     config, accelerator = bench.config, bench.accelerator
-    plan = EpochPlan(
-        index=val.index,
-        family=Center(crop_ratio=config.eval.crop_ratio),
-        view_seed=0,
-        view=0,
-        order=np.arange(len(val.index)),
-        batch_size=max(config.eval.batch_size, accelerator.num_processes),
-    )
+    batch_size = max(config.eval.batch_size, accelerator.num_processes)
+    plan = evaluation_plan(val.index, crop_ratio=config.eval.crop_ratio, batch_size=batch_size)
     rank_plan = plan.for_rank(
         (config.eval_size,), rank=accelerator.process_index, world_size=accelerator.num_processes
     )
-    module = bench.module.eval()
+    module = bench.step.module.eval()
     images = 0
     batches = prefetch(val.epoch(rank_plan), lambda ids: None, accelerator.device)
     with torch.no_grad():
         begin = time.perf_counter()
         for number, (batch, _) in enumerate(batches):
             with accelerator.autocast():
-                module.predict(batch.images[0])
+                module.predict(batch.at(config.eval_size))
                 if config.eval.flip:
-                    module.predict(batch.images[0].flip(3))
+                    module.predict(batch.at(config.eval_size).flip(3))
             if number == 0 and rank_plan.batches > 1:  # starts workers, compiles
                 synchronize(accelerator.device)
                 begin = time.perf_counter()
@@ -317,15 +313,15 @@ def _evaluation(bench: Bench, val: Loader, seconds: float) -> dict[str, float]:
         synchronize(accelerator.device)
         elapsed = time.perf_counter() - begin
     batches.close()
-    bench.wrapped.train()
+    bench.step.wrapped.train()
     per_image = elapsed / max(images, 1) / accelerator.num_processes
     return {"seconds_an_image": per_image, "seconds": per_image * len(val.index)}
 
 
-def _memory(bench: Bench, loader: Loader) -> dict[str, float | None]:
+def _memory(bench: Bench, loader: Loader, sizes: Sequence[int]) -> dict[str, float | None]:
     """Bytes by what they hold. Activations: everything one step keeps for its backward pass, counted once."""
     saved: dict[int, int] = {}
-    weights = {each.untyped_storage().data_ptr() for each in bench.module.parameters()}
+    weights = {each.untyped_storage().data_ptr() for each in bench.step.module.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -335,14 +331,13 @@ def _memory(bench: Bench, loader: Loader) -> dict[str, float | None]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run_steps(bench, loader, Clock(bench.accelerator.device), lambda kept: True, warm_up=0)
-    parameters = _bytes(bench.module.parameters())
+    parameters = _bytes(bench.step.module.parameters())
     state = [
         value
-        for of_parameter in bench.optimizer.state.values()
+        for of_parameter in bench.step.optimizer.state.values()
         for value in of_parameter.values()
         if isinstance(value, Tensor)
     ]
-    sizes = experiment.image_sizes(bench.config.student_size(0), bench.mode.begin(0))
     on_gpu = bench.accelerator.device.type == "cuda"
     total = torch.cuda.get_device_properties(bench.accelerator.device).total_memory if on_gpu else None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -11,21 +11,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from fastdcd import experiment
 from fastdcd.config import Config
-from fastdcd.distill import DistillModule
-from fastdcd.guard import GuardedStep
 from fastdcd.losses.terms import LossInputs
-from fastdcd.optim import build_optimizer
 from fastdcd.profiler.clock import Clock
-from fastdcd.schedule import learning_rate, set_learning_rate
+from fastdcd.step import TrainStep
 from fastdcd.teacher import Teacher
 from fastdcd.teacher_modes import NoTeacher, TeacherMode
-from fastdcd.train import backward
 from pipelines import prefetch as prefetching
 from pipelines.base import Batch, Loader
+from pipelines.index import DatasetIndex
 from pipelines.plan import EpochPlan
 from pipelines.views import ViewFamily
 
@@ -41,10 +37,7 @@ class Bench:
     family: ViewFamily
     teacher: Teacher | None
     mode: TeacherMode
-    module: DistillModule
-    wrapped: nn.Module
-    optimizer: Optimizer
-    guard: GuardedStep
+    step: TrainStep
 
     @property
     def rows(self) -> int:
@@ -55,42 +48,34 @@ class Bench:
 def set_up(
     config: Config,
     accelerator: Accelerator,
-    classes: int,
+    index: DatasetIndex,
     family: ViewFamily,
     teacher: Teacher | None,
     mode: TeacherMode,
 ) -> Bench:
     """Build what one step needs. The weights are trained and thrown away."""
-    module = experiment.build_student(config, classes, teacher, accelerator)
-    wrapped, optimizer = accelerator.prepare(module, build_optimizer(module, config.optim))
-    guard = GuardedStep(module, optimizer, accelerator, limit=config.train.max_skipped)
-    return Bench(
-        config=config,
-        accelerator=accelerator,
-        family=family,
-        teacher=teacher,
-        mode=mode,
-        module=module,
-        wrapped=wrapped.train(),
-        optimizer=optimizer,
-        guard=guard,
-    )
+    # a rate that keeps the numbers finite: a step costs the same at any
+    config = replace(config, optim=replace(config.optim, lr=min(config.optim.lr, 1e-3)))
+    module = experiment.build_student(config, len(index.classes), teacher, accelerator)
+    step = TrainStep(config, module, accelerator, steps_per_epoch=experiment.steps_per_epoch(config, index))
+    step.wrapped.train()
+    return Bench(config=config, accelerator=accelerator, family=family, teacher=teacher, mode=mode, step=step)
 
 
-def plain(config: Config, bench: Bench, classes: int) -> Bench:
+def plain(config: Config, bench: Bench, index: DatasetIndex) -> Bench:
     """The student of a config trained by cross-entropy alone: what distillation is compared with."""
     config = replace(
         config,
         loss=replace(config.loss, ce=1.0, kd=0.0, dcd=0.0),
         teacher=replace(config.teacher, mode="none"),
     )
-    return set_up(config, bench.accelerator, classes, bench.family, None, NoTeacher())
+    return set_up(config, bench.accelerator, index, bench.family, None, NoTeacher())
 
 
 def in_bf16(bench: Bench) -> None:
     """Let the student run in bf16, as Accelerate does it: its own precision is that of the whole process."""
     device = bench.accelerator.device.type
-    bench.wrapped.forward = torch.autocast(device, dtype=torch.bfloat16)(bench.wrapped.forward)
+    bench.step.wrapped.forward = torch.autocast(device, dtype=torch.bfloat16)(bench.step.wrapped.forward)
 
 
 def enough(*, seconds: float, least: int, most: int) -> Callable[[int], bool]:
@@ -157,12 +142,13 @@ def run_steps(
         for hook in _hooks(bench, clock):
             stack.callback(hook.remove)
         if not communicate:
-            stack.enter_context(accelerator.no_sync(bench.wrapped))
+            stack.enter_context(accelerator.no_sync(bench.step.wrapped))
         while True:
             number = epoch % config.train.epochs
             plan = experiment.epoch_plan(config, loader, bench.family, number)
+            teacher_size = mode.begin(plan.view)
             rank_plan = plan.for_rank(
-                experiment.image_sizes(config.student_size(number), mode.begin(number)),
+                experiment.image_sizes(config.student_size(number), teacher_size),
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
             )
@@ -174,13 +160,17 @@ def run_steps(
                 for step in range(_usable(plan)):
                     loading.seconds = looking.seconds = 0.0
                     clock.start(marking=not alternate or taken.bit_count() % 2 == 0)
-                    batch, rows = next(batches)
+                    batch, cached = next(batches)
                     clock.lap("copy" if inline else "data_wait")
                     if inline:
                         clock.move("copy", "data_wait", loading.seconds)
-                        if rows is not None:
+                        if cached is not None:
                             clock.move("copy", "cache_read", looking.seconds)
-                    _step(bench, batch, rows, plan.rows(step), taken, plan.steps, clock)
+                    teacher_outputs = mode.outputs(batch, cached)
+                    found = "other" if teacher_outputs is None else "teacher" if cached is None else "cache_read"
+                    clock.lap(found)
+                    images, rows = batch.at(config.student_size(number)), plan.rows(step)
+                    bench.step(images, batch.labels, teacher_outputs, rows=rows, number=taken, mark=clock.lap)
                     clock.stop()
                     taken += 1
                     first = step == 0 and _usable(plan) > 1
@@ -195,25 +185,6 @@ def run_steps(
             epoch += 1
 
 
-def _step(
-    bench: Bench, batch: Batch, rows: Tensor | None, count: int, step: int, steps: int, clock: Clock
-) -> None:
-    config, accelerator = bench.config, bench.accelerator
-    peak = learning_rate(step, steps, epochs=config.train.epochs, schedule=config.schedule, peak=config.optim.lr)
-    set_learning_rate(bench.optimizer, min(peak, 1e-3))  # a cost, not a training: keep the numbers finite
-    clock.lap("other")
-    teacher_outputs = bench.mode.outputs(batch, rows)
-    clock.lap("cache_read" if rows is not None else "teacher" if teacher_outputs is not None else "other")
-    backward(bench.wrapped, batch, teacher_outputs, count, accelerator, config.train.accumulate)
-    clock.lap("backward")
-    if config.train.clip:
-        accelerator.clip_grad_norm_(bench.wrapped.parameters(), config.train.clip)
-    bench.guard.step()
-    bench.optimizer.zero_grad(set_to_none=True)
-    bench.module.after_step()
-    clock.lap("optimizer")
-
-
 def _hooks(bench: Bench, clock: Clock) -> Iterator[Any]:
     """Marks inside the wrapped module. None stands in compiled code: terms are not compiled, the student is."""
     waits = "all_reduce" if bench.accelerator.num_processes > 1 else "other"
@@ -221,10 +192,10 @@ def _hooks(bench: Bench, clock: Clock) -> Iterator[Any]:
     def entered(module: nn.Module, inputs: Any) -> None:
         clock.lap(waits)  # DDP sends BatchNorm's buffers before it calls the module
 
-    yield bench.module.register_forward_pre_hook(entered)
+    yield bench.step.module.register_forward_pre_hook(entered)
 
-    first = next(iter(bench.module.terms))
-    for name, term in bench.module.terms.items():
+    first = next(iter(bench.step.module.terms))
+    for name, term in bench.step.module.terms.items():
 
         def begins(module: nn.Module, inputs: tuple[LossInputs], name: str = name) -> None:
             if name != first:
