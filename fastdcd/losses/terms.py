@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdcd.config import Loss
 from fastdcd.losses import dcd as fused
-from fastdcd.losses import reference
+from fastdcd.losses import logits, reference
 from fastdcd.models import ModelOutput
 
 
@@ -58,7 +58,7 @@ class KnowledgeDistillation(LossTerm):
 
     def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         assert inputs.teacher is not None
-        loss = reference.kd(
+        loss = logits.kd(
             inputs.student.logits,
             inputs.teacher.logits,
             self.config.kd_temperature,
