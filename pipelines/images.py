@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+
+from pipelines.resize import resize
 
 # torchvision.io knows these by their first bytes; everything else goes to Pillow.
 _TORCHVISION_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8")
@@ -43,7 +44,7 @@ def render(image: Tensor, box: NDArray[np.int32], flip: bool, size: int) -> Tens
     top, left, height, width = (int(value) for value in box)
     crop = F.crop_image(image, top, left, height, width)  # fills with 0 outside the image
     if (height, width) != (size, size):
-        crop = F.resize_image(crop, [size, size], interpolation=InterpolationMode.BILINEAR, antialias=True)
+        crop = resize(crop, size)
     return F.horizontal_flip_image(crop) if flip else crop
 
 
