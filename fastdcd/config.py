@@ -11,12 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
+
+from pipelines.files import user_path
 
 # unknown keys and wrong types are errors
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+# ~ is the home folder, $NAME a variable of the environment
+UserPath = Annotated[Path, AfterValidator(user_path)]
+# Bounds that no experiment reaches: a slip of the keyboard is told at once, not when memory is full.
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Pixels = Annotated[int, Field(gt=0, le=2**14)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -26,21 +33,21 @@ class Data:
     """Where the images are and how they are read."""
 
     __pydantic_config__ = STRICT
-    train: Path
+    train: UserPath
     """Training set: an ImageFolder tree (torch, dali) or what tools/convert.py wrote for the backend."""
-    val: Path
+    val: UserPath
     """Validation set, in the same format."""
     backend: str = "torch"
     """Executor of the plan: torch | resident | ffcv | dali."""
     order: Literal["random", "paged", "sequential"] = "random"
     """random: a full shuffle an epoch. paged: neighbours on disk stay close, for sets larger than memory."""
-    workers: Count = 2
+    workers: Annotated[int, Field(ge=0, le=1024)] = 2
     """Decoding processes or threads of each training process."""
     batch_size: Positive = 256
     """Images of one optimizer step, over all processes."""
     device: str = "auto"
     """auto, cpu, cuda: where training runs. auto takes the GPU if there is one."""
-    classes: Path | None = None
+    classes: UserPath | None = None
     """A file of class names in label order, for folders; without it, sorted folder names."""
     on_decode_error: Literal["raise", "skip_and_report"] = "raise"
     """raise: an image that cannot be decoded ends the run. skip_and_report: it is shown black and named once."""
@@ -58,13 +65,13 @@ class Views:
     """random_resized_crop: share of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """random_resized_crop: width over height."""
-    padding: Count = 4
+    padding: Annotated[int, Field(ge=0, le=2**14)] = 4
     """pad_crop: black pixels around the stored image."""
     crop_ratio: Fraction = 1.0
     """center: side of the crop over the shorter side of the image."""
     flip: Fraction = 0.5
     """Probability of mirroring."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
     """Seed of the boxes and flips, apart from run.seed: students of different seeds share one cache."""
     count: Count = 0
     """Views of each image, shown in turn: epoch e shows view e modulo count. 0: a new one every epoch."""
@@ -79,9 +86,9 @@ class Student:
     """torchvision:NAME, timm:NAME, cifar:NAME or path/to/file.py:callable."""
     classes: Positive | None = None
     """Number of classes; the dataset's own number if not given. Another number is an error."""
-    checkpoint: Path | None = None
+    checkpoint: UserPath | None = None
     """Weights to start from."""
-    image_size: Positive | dict[int, Positive] = 224
+    image_size: Pixels | dict[Count, Pixels] = 224
     """Pixels, or first epoch -> pixels for progressive resizing, as in {0: 160, 10: 192}."""
     channels_last: bool = True
     sync_bn: bool = False
@@ -105,11 +112,11 @@ class Teacher:
     tools/cache_teacher.py. fill: online for the first views.count epochs, writing the cache; then cached."""
     model: str | tuple[str, ...] | None = None
     """As student.model. Several teach together: their features side by side, the mean of their logits."""
-    checkpoint: Path | tuple[Path, ...] | None = None
+    checkpoint: UserPath | tuple[UserPath, ...] | None = None
     """.safetensors or .pth of the teacher; one for each of several."""
     checkpoint_by_order: bool = False
     """Match the checkpoint's tensors by order and shape instead of by name."""
-    image_size: Positive | None = None
+    image_size: Pixels | None = None
     """Pixels at which the teacher sees the box; student.image_size if not given (and constant)."""
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
@@ -139,7 +146,7 @@ class Cache:
     """The teacher cache."""
 
     __pydantic_config__ = STRICT
-    path: Path | None = None
+    path: UserPath | None = None
     """Its folder; required by teacher.mode fill and cached."""
     dtype: Literal["fp16", "bf16", "fp32", "uint8"] = "fp16"
     """How features are stored. uint8 keeps an offset and a step for each row."""
@@ -256,7 +263,7 @@ class Eval:
     __pydantic_config__ = STRICT
     every: Positive = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
-    image_size: Positive | None = None
+    image_size: Pixels | None = None
     """Pixels; the student's last training size if not given."""
     crop_ratio: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Side of the centre crop over the shorter side of the image (timm's crop_pct)."""
@@ -270,9 +277,9 @@ class Run:
     """Where results go."""
 
     __pydantic_config__ = STRICT
-    dir: Path | None = None
+    dir: UserPath | None = None
     """The run's folder; for configs/A/B.yaml runs/A/B if not given."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order, the initial weights and dropout."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Accelerate's trackers beside metrics.jsonl."""

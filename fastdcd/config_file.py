@@ -15,13 +15,19 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fastdcd.config import Config
+from pipelines.files import user_path
+
+# More than any experiment needs. A file may come from a stranger: reading it takes bounded time and memory.
+MOST_BYTES, MOST_FILES, MOST_VALUES, DEEPEST = 2**18, 100, 10_000, 20
 
 Kind = TypeVar("Kind")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of every program that works from a config: --config FILE and --set section.key=value ..."""
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the experiment's YAML file")
+    parser.add_argument(
+        "--config", type=user_path, required=True, metavar="FILE", help="the experiment's YAML file"
+    )
     add_overrides(parser)
 
 
@@ -42,7 +48,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ValueError, one line a mistake: the key's path, what was got, what was expected, the nearest key.
     """
-    tree = _read(path, ())
+    tree = _read(path, (), [])
     override_tree(tree, overrides)
     config = parse(tree, str(path))
     if config.run.dir is None:
@@ -61,6 +67,8 @@ def override_tree(tree: dict[str, Any], overrides: Sequence[str]) -> None:
         if not equals:
             raise ValueError(f"--set {override}: expected section.key=value")
         parts = key.strip().split(".")
+        if not all(parts):
+            raise ValueError(f"--set {override}: got the key {key!r}, expected section.key=value")
         node = tree
         for part in parts[:-1]:
             node = node.setdefault(part, {})
@@ -99,10 +107,15 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    twice = [key for key in keys if keys.count(key) > 1]
-    if twice:
-        raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+    seen = set()
+    for each, _ in node.value:
+        key = loader.construct_object(each)
+        if not isinstance(key, str | int) or isinstance(key, bool):
+            message = f"the key {each.value!r} is a {type(key).__name__}, expected a name or a whole number"
+            raise yaml.constructor.ConstructorError(None, None, message, each.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        seen.add(key)
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 
@@ -112,26 +125,70 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 def _yaml(text: str, source: str) -> Any:
     try:
+        _measure(text)
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
         raise ValueError(f"{source}: not valid YAML{where}: {getattr(error, 'problem', error)}") from None
+    except (ValueError, OverflowError) as error:  # a number of thousands of digits, a date that does not exist
+        raise ValueError(f"{source}: a value cannot be read: {error}") from None
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _measure(text: str) -> None:
+    """Raises YAMLError if the document is nested too deeply or has too many values once aliases are filled
+    in: a few lines of aliases of aliases stand for billions."""
+    sizes: dict[str | None, int] = {}  # of anchors
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, values before it
+    values = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        anchor = getattr(event, "anchor", None)
+        if isinstance(event, yaml.AliasEvent):
+            values += sizes.get(anchor, MOST_VALUES)  # not known: of a node inside itself
+        elif isinstance(event, yaml.ScalarEvent):
+            values += 1
+            sizes |= {anchor: 1} if anchor else {}
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((anchor, values))
+            values += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            sizes |= {anchor: values - before} if anchor else {}
+        if values > MOST_VALUES or len(open_nodes) > DEEPEST:
+            message = f"more than {MOST_VALUES} values, or nested more than {DEEPEST} deep"
+            raise yaml.constructor.ConstructorError(None, None, message, event.start_mark)  # type: ignore[arg-type]
+
+
+def _read(path: Path, above: tuple[Path, ...], read: list[Path]) -> dict[str, Any]:
+    """A file with its bases; `above` are the files it is a base of, `read` collects all."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such config file")
-    if path.resolve() in seen:
+        whose = f" (a base of {above[-1]})" if above else ""
+        raise ValueError(f"{path}: {'not a file' if path.exists() else 'no such config file'}{whose}")
+    if path.resolve() in above:
         raise ValueError(f"{path}: is its own base")
-    tree = _yaml(path.read_text(), str(path))
+    read.append(path)
+    if len(read) > MOST_FILES:
+        raise ValueError(f"{path}: more than {MOST_FILES} files are its bases, or bases of these")
+    tree = _yaml(_text(path), str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: expected sections (data, student, ...), got {type(tree).__name__}")
     bases = tree.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"{path}: base: got {bases!r}, expected a path or a list of paths")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merge(merged, _read(path.parent / base, (*seen, path.resolve())))
+    for base in bases:
+        merged = _merge(merged, _read(path.parent / user_path(base), (*above, path.resolve()), read))
     return _merge(merged, tree)
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path}: larger than {MOST_BYTES // 1024} KiB: no config of an experiment")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +205,8 @@ def _explain(error: Any, kind: type) -> str:
     location = [str(part) for part in error["loc"] if re.fullmatch(r"\w+", str(part))]
     path = ".".join(location)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{path}: no such key; {_nearest(location, kind)}"
+        location = [str(part) for part in error["loc"]]  # its last part is the user's, whatever it looks like
+        return f"{'.'.join(location)}: no such key; {_nearest(location, kind)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{path}: is missing and has no default"
     message = error["msg"].removeprefix("Value error, ")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdcd import weights
+from pipelines.files import user_path
 
 Triple = tuple[float, float, float]
 
@@ -171,7 +172,7 @@ def build(name: str, *, classes: int) -> FeatureModel:
         return FeatureModel(LIBRARIES[library](inner, classes), classes)
     path, colon, function = name.rpartition(":")
     if colon and path.endswith(".py"):
-        return FeatureModel(_from_file(Path(path), function, classes), classes)
+        return FeatureModel(_from_file(user_path(path), function, classes), classes)
     raise ValueError(
         f"model: got {name!r}, expected {', '.join(f'{each}:NAME' for each in LIBRARIES)} or path/to/file.py:callable"
     )

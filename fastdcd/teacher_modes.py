@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,7 @@ from fastdcd.models import ModelOutput
 from fastdcd.teacher import Teacher
 from pipelines import views
 from pipelines.base import Batch, Loader
+from pipelines.files import Lock
 from pipelines.plan import EpochPlan
 from pipelines.views import ViewFamily
 
@@ -180,7 +181,7 @@ class FillingTeacher(CachedTeacher):
         accelerator: Accelerator,
         *,
         verify: bool,
-        lock: IO[str] | None,
+        lock: Lock | None,
     ) -> None:
         """`lock` is the first process's right to write."""
         super().__init__(cache, view_count, accelerator.device, verify=verify)

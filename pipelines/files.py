@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import logging
 import mmap
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
+
+_log = logging.getLogger(__name__)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, the largest file
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user writes it: ~ is the home folder, and $NAME a variable of the environment, if it is set.
+
+    Raises ValueError where there is no such home folder, and for what cannot be a path.
+    """
+    if "\0" in str(text):
+        raise ValueError(f"{str(text)!r} cannot be a path: it holds a null character")
+    try:
+        return Path(os.path.expandvars(text)).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{text}: there is no such home folder; write the whole path") from None
 
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path`; on success flush it to disk and rename it over `path`."""
+    """Open a temporary file beside `path`; on success flush it to disk and rename it over `path`.
+
+    Raises OSError with the path in it if it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -22,10 +44,79 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with suppress(FileNotFoundError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # write() names no file
         raise
+
+
+class Lock:
+    """The right to write to a place, for this process alone, until it is closed or the process ends, however.
+
+    A record lock of the operating system on a file that is made for it and removed again. It is the process's own:
+    workers that are forked meanwhile do not keep it alive. It works between machines on a shared file system that
+    has locks; where there are none, a warning says so.
+    """
+
+    _held: ClassVar[set[tuple[int, int]]] = set()  # by this process: it could take a record lock twice
+
+    def __init__(self, path: Path, refusal: str) -> None:
+        """Take the lock on the file `path`, whose folder exists. An existing file is neither read nor changed.
+
+        Raises ValueError with `refusal` if another process, or another part of this one, has it; or if `path` is no
+        plain file.
+        """
+        self._path = path
+        while True:
+            with suppress(FileNotFoundError):
+                if _identity(path.lstat()) in Lock._held:  # not even opened: closing it would release the lock
+                    raise ValueError(refusal)
+            self._file = self._open()
+            self._key = _identity(os.fstat(self._file))
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    os.close(self._file)
+                    raise ValueError(refusal) from None
+                _log.warning("%s: this file system has no locks; nothing keeps others from writing here", path)
+            with suppress(FileNotFoundError):
+                if _identity(path.lstat()) == self._key:
+                    break
+            os.close(self._file)  # whoever had it has removed it meanwhile
+        Lock._held.add(self._key)
+
+    def _open(self) -> int:
+        try:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+                raise
+        else:
+            if stat.S_ISREG(os.fstat(file).st_mode):
+                return file
+            os.close(file)
+        raise ValueError(f"{self._path}: is to be a lock and is a link or no plain file; remove it")
+
+    def close(self) -> None:
+        """Let go of it. May be called twice."""
+        if self._key in Lock._held:
+            with suppress(OSError):  # a folder that was removed, or made unwritable: the lock goes all the same
+                self._path.unlink()
+            Lock._held.discard(self._key)
+            os.close(self._file)
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 @contextmanager
@@ -34,7 +125,7 @@ def explain_full_disk(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in _FULL:
             raise
         raise OSError(
             f"{place}: no space left ({os.strerror(error.errno)}); what is done is kept: free some space "

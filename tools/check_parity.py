@@ -26,7 +26,7 @@ from fastdcd import cli, config_file
 from fastdcd.experiment import open_set
 from fastdcd.teacher import Teacher, load_teacher
 from pipelines.base import Loader, LoaderOptions, open_loader
-from pipelines.files import write_json
+from pipelines.files import user_path, write_json
 from pipelines.formats.beton import read_layout
 from pipelines.formats.shards import INDEX, ShardReader
 from pipelines.image_folder import user_cache
@@ -184,11 +184,13 @@ def main() -> int:
     parser.add_argument(
         "datasets", nargs="+", metavar="BACKEND:PATH", help="what to compare, as in ffcv:val.beton"
     )
-    parser.add_argument("--source", type=Path, metavar="DIR", help="class folders of the original images")
+    parser.add_argument("--source", type=user_path, metavar="DIR", help="class folders of the original images")
     parser.add_argument("--images", type=int, default=120, metavar="N", help="spread over the set (default 120)")
     parser.add_argument("--size", type=int, default=224, metavar="N", help="pixels (default 224; a teacher's own)")
-    parser.add_argument("--json", type=Path, metavar="F", help="write the figures there too")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="an experiment, for its teacher and classes")
+    parser.add_argument("--json", type=user_path, metavar="F", help="write the figures there too")
+    parser.add_argument(
+        "--config", type=user_path, metavar="FILE", help="an experiment, for its teacher and classes"
+    )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value")
     arguments = parser.parse_args()
     settings = config_file.load(arguments.config, arguments.set) if arguments.config else None
@@ -201,7 +203,7 @@ def main() -> int:
         backend, colon, name = dataset.partition(":")
         if not colon:
             raise ValueError(f"{dataset}: expected BACKEND:PATH, as in ffcv:data/val.beton")
-        path = Path(name)
+        path = user_path(name)
         if settings:
             section = replace(settings.data, backend=backend, workers=min(settings.data.workers, 2))
             loader = open_set(section, path, torch.device("cpu"), dataset)

@@ -13,6 +13,7 @@ from pipelines.conversion.encode import Storage
 from pipelines.conversion.job import SHARD, WHOLE, Job, Part, to_beton, to_resident, to_shards
 from pipelines.conversion.journal import REJECTS
 from pipelines.conversion.sources import Sources, open_sources
+from pipelines.files import user_path
 from pipelines.formats.beton import index_folder
 from pipelines.image_folder import read_classes
 from pipelines.index import DatasetIndex
@@ -112,9 +113,9 @@ def main() -> int:
     formats = parser.add_subparsers(dest="format", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "source", type=Path, metavar="SRC", help="class folders, an archive, shards (see convert.py -h)"
+        "source", type=user_path, metavar="SRC", help="class folders, an archive, shards (see convert.py -h)"
     )
-    common.add_argument("--classes", type=Path, metavar="FILE", help="class names in label order, one a line")
+    common.add_argument("--classes", type=user_path, metavar="FILE", help="class names in label order, one a line")
     common.add_argument(
         "--keep", nargs="+", metavar="PATTERN", help="keep only classes of these names, as in 'a*'"
     )
@@ -136,7 +137,7 @@ def main() -> int:
     images.add_argument("--quality", type=_positive, default=90, metavar="Q", help="JPEG quality (default 90)")
 
     command = formats.add_parser("ffcv", parents=[common, images], help="one .beton file (backend: ffcv)")
-    command.add_argument("out", type=Path, metavar="OUT", help=".beton file to write")
+    command.add_argument("out", type=user_path, metavar="OUT", help=".beton file to write")
     command.add_argument(
         "--jpeg-share",
         type=float,
@@ -147,14 +148,14 @@ def main() -> int:
     command.set_defaults(run=ffcv)
 
     command = formats.add_parser("shards", parents=[common, images], help="WebDataset tars (backend: dali)")
-    command.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    command.add_argument("out", type=user_path, metavar="OUT", help="folder to write")
     command.add_argument(
         "--shard-size", type=_positive, default=SHARD, metavar="N", help="images a tar (default 1000)"
     )
     command.set_defaults(run=shards)
 
     command = formats.add_parser("resident", parents=[common], help="one array of pixels (backend: resident)")
-    command.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    command.add_argument("out", type=user_path, metavar="OUT", help="folder to write")
     command.add_argument(
         "--size", type=_positive, metavar="N", help="resize the shorter side to N, crop the centre to NxN"
     )

@@ -15,6 +15,7 @@ import torch
 from fastdcd import cli, config_file, linear_probe
 from fastdcd.evaluate import Accuracy
 from pipelines.base import LoaderOptions
+from pipelines.files import user_path
 from pipelines.image_folder import user_cache
 from pipelines.published_datasets import open_pair
 
@@ -41,11 +42,16 @@ def main() -> int:
         "--data data/stl10_binary data/tiny-imagenet-200",
     )
     parser.add_argument(
-        "--checkpoint", type=Path, nargs="+", required=True, metavar="FILE", help="weights: .safetensors or .pth"
+        "--checkpoint",
+        type=user_path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="weights: .safetensors or .pth",
     )
     parser.add_argument(
         "--data",
-        type=Path,
+        type=user_path,
         nargs="+",
         required=True,
         metavar="DIR",

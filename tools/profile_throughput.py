@@ -15,7 +15,7 @@ from accelerate import PartialState
 from fastdcd import cli, config_file
 from fastdcd.profiler import measure, page, projection, table
 from fastdcd.profiler.verdict import verdict
-from pipelines.files import replace_file, write_json
+from pipelines.files import replace_file, user_path, write_json
 
 _EPILOG = """examples:
   python tools/profile_throughput.py --config configs/digits/dcd_kd.yaml --html profile.html
@@ -35,16 +35,16 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", type=Path, metavar="FILE", help="the experiment's YAML file")
-    what.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two files written by --json")
+    what.add_argument("--config", type=user_path, metavar="FILE", help="the experiment's YAML file")
+    what.add_argument("--compare", type=user_path, nargs=2, metavar=("A", "B"), help="two files written by --json")
     config_file.add_overrides(parser)
     parser.add_argument(
         "--seconds", type=_positive, default=60.0, metavar="S", help="measure about S (default 60)"
     )
     parser.add_argument("--quick", action="store_true", help="do not try other settings: less advice, sooner")
-    parser.add_argument("--json", type=Path, metavar="F", help="write everything measured")
-    parser.add_argument("--html", type=Path, metavar="F", help="write a page")
-    parser.add_argument("--trace", type=Path, metavar="F", help="record some steps as a Chrome trace")
+    parser.add_argument("--json", type=user_path, metavar="F", help="write everything measured")
+    parser.add_argument("--html", type=user_path, metavar="F", help="write a page")
+    parser.add_argument("--trace", type=user_path, metavar="F", help="record some steps as a Chrome trace")
     parser.add_argument(
         "--price", type=_positive, metavar="P", help="price of one device an hour, for the projection"
     )

@@ -14,7 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import fr
 from fastdcd import cli, html_report
 from fastdcd.html_report import Line
 from fastdcd.profiler.table import duration
-from pipelines.files import replace_file
+from pipelines.files import replace_file, user_path
 
 # Figures in order: key of metrics.jsonl, kind of line, title, unit. One is drawn if a run has its key.
 FIGURES = (
@@ -58,9 +58,9 @@ def main() -> int:
         description=__doc__,
         epilog="example: python tools/report.py runs/digits/*-0 --html report.html",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs (run.dir)")
+    parser.add_argument("runs", type=user_path, nargs="+", metavar="RUN", help="folders of runs (run.dir)")
     parser.add_argument(
-        "--html", type=Path, default=Path("report.html"), metavar="F", help="the page (default report.html)"
+        "--html", type=user_path, default=Path("report.html"), metavar="F", help="the page (default report.html)"
     )
     arguments = parser.parse_args()
     folders = [path for path in arguments.runs if (path / "metrics.jsonl").is_file()]

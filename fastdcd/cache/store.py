@@ -14,7 +14,6 @@ is readable once complete. Nothing is pickled.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import mmap
@@ -23,7 +22,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastdcd import weights
-from pipelines.files import explain_full_disk, replace_file, write_json
+from pipelines.files import Lock, explain_full_disk, replace_file, write_json
 
 FORMAT = "fastdcd-cache-1"
 BLOCK_ROWS = 1024
@@ -287,19 +286,13 @@ class TeacherCache:
     # ---- writing
 
     @staticmethod
-    def lock_for_filling(path: Path) -> IO[str]:
-        """Take the right to write to a cache, begun or not, until the returned file is closed.
+    def lock_for_filling(path: Path) -> Lock:
+        """Take the right to write to a cache, begun or not, until the lock is closed.
 
         Raises ValueError if another process has it.
         """
         path.mkdir(parents=True, exist_ok=True)
-        file = (path / "fill.lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise ValueError(f"{path}: another process is filling this cache; wait for it") from None
-        return file
+        return Lock(path / "fill.lock", f"{path}: another process is filling this cache; wait for it")
 
     def start(self, view: int) -> None:
         """Lay out a view's files if it is not complete and they are not there. One process does this for all.
