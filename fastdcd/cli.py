@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -17,6 +18,11 @@ def run(main: Callable[[], int]) -> NoReturn:
     to stderr. Anything else is our bug and keeps its traceback.
     """
     program = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # names that the terminal's character set lacks must not end a run
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format=f"{program}: %(message)s", level=logging.WARNING)
     try:
         code = main()

@@ -139,6 +139,61 @@ def write_json(path: Path, value: object) -> None:
         file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+MAX_FILE = 1 << 29  # bytes; an encoded image is never that large
+
+# Errors that say something of one file, not of the storage.
+_OF_A_FILE = frozenset([errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EACCES])
+_OF_A_FILE |= {errno.EPERM, errno.ENAMETOOLONG, errno.EINVAL, errno.ENODEV}
+
+
+def path_of(root: Path, name: str) -> bytes:
+    """The path of `name`, relative with / between its parts, below `root`: names are UTF-8 in any locale."""
+    return os.fsencode(root) + b"/" + name.encode()
+
+
+def open_file(path: Path | bytes) -> IO[bytes]:
+    """Open a regular file to read. A FIFO, device or socket is refused and never waited for.
+
+    Raises ValueError with a reason that does not name the file, OSError if the storage fails.
+    """
+    try:
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    except OSError as error:
+        if error.errno not in _OF_A_FILE:
+            raise
+        reason = "a socket or device" if error.errno == errno.ENXIO else (error.strerror or "").lower()
+        raise ValueError(reason) from None
+    mode = os.fstat(file.fileno()).st_mode
+    if stat.S_ISREG(mode):
+        return file
+    file.close()
+    raise ValueError(f"{_KINDS.get(stat.S_IFMT(mode), 'something else')}, expected a file")
+
+
+_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder"}
+
+
+def read_file(path: Path | bytes, limit: int = MAX_FILE) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes: see open_file."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ValueError(f"{size:,} bytes, expected at most {limit:,}")
+        return file.read(limit)
+
+
+def read_text(path: Path, limit: int = 1 << 26) -> str:
+    """The text of a file in UTF-8, with or without a BOM. Raises ValueError that names the file."""
+    try:
+        return read_file(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def map_file(path: Path) -> mmap.mmap:
     """A file mapped to be read. Its pages belong to the page cache: the kernel takes them back when memory is short.
 

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines.conversion.encode import Source
+from pipelines.files import path_of, read_file
 from pipelines.image_folder import IMAGE_SUFFIXES, SETS, list_image_folder
 from pipelines.images import Pixels
 from pipelines.index import DatasetIndex
@@ -224,7 +225,7 @@ class _FileReader:
         self._root, self._names = root, names
 
     def __call__(self, row: int) -> bytes:
-        return (self._root / self._names[row]).read_bytes()
+        return read_file(path_of(self._root, self._names[row]))
 
 
 class _SpanReader:

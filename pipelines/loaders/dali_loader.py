@@ -11,7 +11,6 @@ odd files. DALI's fused random-crop decoder is not used: the plan says where the
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
+from pipelines.files import path_of, read_file
 from pipelines.formats.shards import INDEX, ShardReader
-from pipelines.image_folder import index_image_folder
+from pipelines.image_folder import index_image_folder, same_classes
 from pipelines.images import Encoded, Pixels, is_plain_jpeg, read_pixels
 from pipelines.index import DatasetIndex
 from pipelines.plan import RankPlan
@@ -54,7 +54,7 @@ class _Store(Protocol):
     """Where encoded files come from."""
 
     def read(self, sample_id: int) -> Encoded:
-        """The encoded file of a sample. Raises OSError."""
+        """The encoded file of a sample. Raises OSError or ValueError."""
         ...
 
     def begin(self, ids: NDArray[np.int64], fetch: Fetch) -> list[Callable[[], Fetched]]:
@@ -85,16 +85,11 @@ class _Folder:
     """Files of a folder, read by threads: opening one waits for the storage."""
 
     def __init__(self, root: Path, names: Sequence[str], threads: int) -> None:
-        self._root, self._names, self._parts = str(root), names, threads
+        self._root, self._names, self._parts = root, names, threads
         self._threads = ThreadPoolExecutor(threads, "dali-read")
 
     def read(self, sample_id: int) -> Encoded:
-        # np.fromfile of a joined Path takes longer: it opens the file twice
-        file = os.open(f"{self._root}/{self._names[sample_id]}", os.O_RDONLY)
-        try:
-            return np.frombuffer(os.read(file, os.fstat(file).st_size), np.uint8)
-        finally:
-            os.close(file)
+        return np.frombuffer(read_file(path_of(self._root, self._names[sample_id])), np.uint8)
 
     def begin(self, ids: NDArray[np.int64], fetch: Fetch) -> list[Callable[[], Fetched]]:
         return [self._threads.submit(fetch, part).result for part in np.array_split(ids, self._parts)]
@@ -121,12 +116,17 @@ class DALILoader(Loader):
         _import_dali()
         if (path / INDEX / "index.json").is_file():
             reader = ShardReader(path)
-            if options.classes and options.classes != reader.index.classes:
+            if not same_classes(options.classes, reader.index.classes):
                 raise ValueError(f"{path}: its classes differ from the list given; convert again with --classes")
             return cls(reader.index, _Shards(reader), options)
         if any(path.glob("shard-*.tar")):
             raise ValueError(f"{path}: shards without an index; finish: python tools/convert.py shards SRC {path}")
-        index = index_image_folder(path, classes=options.classes, cache=options.index_cache)
+        index = index_image_folder(
+            path,
+            classes=options.classes,
+            cache=options.index_cache,
+            on_decode_error=options.on_decode_error,
+        )
         return cls(index, _Folder(path, index.names, max(options.workers, 1)), options)
 
     @property
@@ -207,18 +207,18 @@ class DALILoader(Loader):
         files, errors = [], []
         for sample_id in ids.tolist():
             error = self._replaced.get(sample_id)
+            size = self.index.sizes[sample_id].tolist()
             try:
                 data = self._store.read(sample_id)
-                if error is None and (sample_id in self._replaced or not is_plain_jpeg(data)):
+                if error is None and (sample_id in self._replaced or not is_plain_jpeg(data, size)):
                     data = _as_ppm(self._decode(sample_id, data))
             except DecodeError as found:
                 error = found
-            except OSError as found:
+            except (OSError, ValueError) as found:
                 error = DecodeError(sample_id, self.index.names[sample_id], str(found))
             if error is not None:
                 errors.append(error)
-                height, width = self.index.sizes[sample_id].tolist()
-                data = _as_ppm(np.zeros((height, width, 3), np.uint8))
+                data = _as_ppm(np.zeros((*size, 3), np.uint8))
             files.append(data)
         return files, errors
 
@@ -231,7 +231,11 @@ class DALILoader(Loader):
             raise DecodeError(sample_id, name, str(error)) from None
         if pixels.shape[:2] != stored:
             found = f"it is {pixels.shape[0]}x{pixels.shape[1]} pixels now and was {stored[0]}x{stored[1]}"
-            raise DecodeError(sample_id, name, f"{found} when the index was made")
+            raise DecodeError(
+                sample_id,
+                name,
+                f"{found} when the index was made: it has been replaced; a new start makes it anew",
+            )
         return pixels
 
     def _find_undecodable(self, outstanding: Sequence[_Inputs], error: RuntimeError) -> None:
@@ -247,6 +251,9 @@ class DALILoader(Loader):
                     self._decode(sample_id, self._store.read(sample_id))
                 except DecodeError as bad:
                     self._replaced[sample_id] = bad
+                    found = True
+                except (OSError, ValueError) as bad:
+                    self._replaced[sample_id] = DecodeError(sample_id, self.index.names[sample_id], str(bad))
                     found = True
         if not found:
             if all(sample_id in self._replaced for sample_id in suspects):

@@ -33,6 +33,7 @@ from torch import Tensor
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
 from pipelines.files import map_file, memory_bytes, will_need
 from pipelines.formats.beton import BetonLayout, import_ffcv, index_folder, read_layout
+from pipelines.image_folder import same_classes
 from pipelines.index import DatasetIndex
 from pipelines.plan import RankPlan
 
@@ -243,7 +244,7 @@ def _read_index(path: Path, layout: BetonLayout, options: LoaderOptions) -> Data
         index = DatasetIndex.load(folder)
         if not np.array_equal(index.offsets, layout.pointers) or not np.array_equal(index.sizes, layout.sizes):  # type: ignore[arg-type]
             raise ValueError(f"{folder}: belongs to another file than {path.name}; copy both, or delete it")
-        if options.classes and options.classes != index.classes:
+        if not same_classes(options.classes, index.classes):
             raise ValueError(f"{path}: its classes differ from the list given; convert again with --classes")
         return index
     classes = options.classes or tuple(str(label) for label in range(int(layout.labels.max()) + 1))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.base import Batch, Loader, LoaderOptions
+from pipelines.image_folder import same_classes
 from pipelines.index import DatasetIndex
 from pipelines.plan import Crops, RankPlan
 
@@ -52,7 +53,7 @@ class ResidentLoader(Loader):
                 f"{path / IMAGES}: got {images.dtype} {images.shape}, expected uint8 [{len(index)}, H, W, 3]; "
                 "convert the dataset again"
             )
-        if options.classes and options.classes != index.classes:
+        if not same_classes(options.classes, index.classes):
             raise ValueError(f"{path}: its classes differ from the list given; convert again with --classes")
         # a copy, not the map: a first epoch that waits for storage page by page would look like a slow trainer
         return cls(index, np.array(images), options.device)

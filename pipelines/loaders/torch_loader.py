@@ -1,6 +1,6 @@
 """The torchvision executor: decode and resize as tensors in worker processes.
 
-Reads an ImageFolder tree. JPEG, PNG, GIF and WebP are decoded by torchvision.io, the rest by Pillow;
+Reads an ImageFolder tree. JPEGs are decoded by torchvision.io, the rest by Pillow;
 both give the same pixels for a JPEG (docs of the file formats: see docs/backends.md). EXIF rotation is
 not applied, as in torchvision's ImageFolder. Resizing is torchvision's antialiased bilinear.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
+from pipelines.files import path_of, read_file
 from pipelines.image_folder import index_image_folder
 from pipelines.images import decode, render
 from pipelines.index import DatasetIndex
@@ -50,7 +51,12 @@ class TorchLoader(Loader):
 
     @classmethod
     def open(cls, path: Path, options: LoaderOptions) -> Self:
-        index = index_image_folder(path, classes=options.classes, cache=options.index_cache)
+        index = index_image_folder(
+            path,
+            classes=options.classes,
+            cache=options.index_cache,
+            on_decode_error=options.on_decode_error,
+        )
         return cls(path, index, options)
 
     @property
@@ -114,9 +120,8 @@ class _Executor(Dataset[_Made]):
     def _decode(self, sample_id: int) -> Tensor:
         name = self._index.names[sample_id]
         try:
-            data = (self._root / name).read_bytes()
-            image = decode(data)
-        except (OSError, RuntimeError, ValueError) as error:
+            image = decode(read_file(path_of(self._root, name)))
+        except (OSError, ValueError) as error:
             raise DecodeError(sample_id, name, str(error).splitlines()[0]) from None
         stored = tuple(self._index.sizes[sample_id])
         if tuple(image.shape[1:]) != stored:
@@ -124,6 +129,6 @@ class _Executor(Dataset[_Made]):
                 sample_id,
                 name,
                 f"it is {image.shape[1]}x{image.shape[2]} pixels now and was {stored[0]}x{stored[1]} when the "
-                "index was made",
+                "index was made: it has been replaced; a new start makes the index anew",
             )
         return image
