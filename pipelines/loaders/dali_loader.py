@@ -36,6 +36,10 @@ from pipelines.plan import RankPlan
 Fetched = tuple[list[Encoded], list[DecodeError]]  # files for DALI, and what is wrong with those shown black
 Fetch = Callable[[NDArray[np.int64]], Fetched]
 
+# Values of a teacher cache's fingerprint: another wording would refuse every cache ever filled.
+FINGERPRINT = {"backend": "dali", "resize": "triangular, antialiased, float32"}
+DECODE_CPU, DECODE_GPU = "cpu", "gpu, {:g} by the engine"
+
 AHEAD = 2  # batches in the pipeline besides the one in use
 
 
@@ -133,8 +137,8 @@ class DALILoader(Loader):
     def fingerprint(self) -> Mapping[str, str]:
         gpu = self._options.device.type == "cuda"
         # which decoder a JPEG goes to on the GPU depends on the share of the engine
-        decode = f"gpu, {self._options.hw_decoder_load:g} by the engine" if gpu else "cpu"
-        return {"backend": "dali", "decode": decode, "resize": "triangular, antialiased, float32"}
+        decode = DECODE_GPU.format(self._options.hw_decoder_load) if gpu else DECODE_CPU
+        return {**FINGERPRINT, "decode": decode}
 
     def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
         numbers = [number for number in range(rank_plan.batches) if len(rank_plan.ids[rank_plan.rows(number)])]

@@ -39,6 +39,12 @@ from pipelines.plan import RankPlan
 
 AHEAD = 3  # batches in the making, besides the one in use; FFCV's batches_ahead
 CHUNK = 16  # rows a thread takes at a time
+# Values of a teacher cache's fingerprint: another wording would refuse every cache ever filled.
+FINGERPRINT = {
+    "backend": "ffcv",
+    "decode": "turbojpeg, accurate DCT",
+    "resize": "bilinear, antialiased, uint8",
+}
 SCARCE = 0.7  # of the memory: a larger file will not stay in it beside the processes
 
 
@@ -71,12 +77,8 @@ class FFCVLoader(Loader):
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
-        return {
-            "backend": "ffcv",
-            "stored": self._stored,  # of the encoded lengths: another JPEG quality is another data set
-            "decode": "turbojpeg, accurate DCT",
-            "resize": "bilinear, antialiased, uint8",
-        }
+        # of the encoded lengths: another JPEG quality is another data set
+        return {**FINGERPRINT, "stored": self._stored}
 
     def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
         from pipelines.loaders.ffcv_kernel import render_samples  # compiles, or loads what was compiled

@@ -21,6 +21,8 @@ from pipelines.index import DatasetIndex
 from pipelines.plan import Crops, RankPlan
 
 IMAGES = "images.npy"
+# Values of a teacher cache's fingerprint: another wording would refuse every cache ever filled.
+FINGERPRINT = {"backend": "resident", "resize": "bilinear, antialiased, float32"}
 
 
 class ResidentLoader(Loader):
@@ -60,7 +62,7 @@ class ResidentLoader(Loader):
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
-        return {"backend": "resident", "resize": "bilinear, antialiased, float32"}
+        return FINGERPRINT
 
     def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
         views = [self._prepare(each) for each in rank_plan.crops]

@@ -24,6 +24,9 @@ from pipelines.images import decode, render
 from pipelines.index import DatasetIndex
 from pipelines.plan import RankPlan
 
+# Values of a teacher cache's fingerprint: another wording would refuse every cache ever filled.
+FINGERPRINT = {"backend": "torch", "decode": "torchvision.io", "resize": "bilinear, antialiased, uint8"}
+
 
 class _Request(NamedTuple):
     """One batch to make: all a worker needs to know, so that workers hold no state of an epoch."""
@@ -61,7 +64,7 @@ class TorchLoader(Loader):
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
-        return {"backend": "torch", "decode": "torchvision.io", "resize": "bilinear, antialiased, uint8"}
+        return FINGERPRINT
 
     def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
         self._requests.rank_plan = rank_plan
