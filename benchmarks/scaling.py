@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def measure(model: str, rows: int, seconds: float) -> dict[str, float]:
     for name, dcd in (("with", 1.0), ("without", 0.0)):
         student = models.build(model, classes=CLASSES)
         normalize = models.normalize_for(model, None, None)
-        loss = replace(cfg.loss, dcd=dcd)
+        loss = cfg.loss.with_weights(dcd=dcd)
         module = DistillModule(student, normalize, loss, teacher_dim=TEACHER_DIM).to(
             memory_format=torch.channels_last
         )

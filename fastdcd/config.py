@@ -6,10 +6,10 @@ file may start from others: `base: ../base.yaml` (or a list) is read first, and 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -165,36 +165,44 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """Weights and settings of the loss terms. A weight of 0 switches a term off and costs nothing."""
+    """Weights and settings of the loss terms. A weight of 0 switches a term off and costs nothing.
+
+    Its keys are declared by the terms themselves, in fastdcd/losses/terms.py: each one's name is its weight's key, and
+    the fields of its Settings lie beside it.
+    """
 
     __pydantic_config__ = STRICT
-    ce: Weight = 1.0
-    """Cross-entropy with the labels."""
-    kd: Weight = 0.0
-    """Hinton's distillation: T^2 KL(teacher || student) at temperature T."""
-    dcd: Weight = 0.0
-    """DCD (arXiv 2407.11802): contrast + alpha * consistency of pooled features."""
-    alpha: Weight = 0.5
-    """Weight of DCD's consistency term."""
-    kd_temperature: Annotated[float, Field(gt=0)] = 4.0
-    feat_dim: Positive = 128
-    """Dimensions of DCD's embedding."""
-    tau_init: Annotated[float, Field(gt=0)] = math.e
-    """DCD's learnable temperature at the start (the paper's t = 1, tau = e)."""
-    tau_max: Annotated[float, Field(gt=0, le=40)] = 10.0
-    negatives: Literal["global", "local"] = "global"
-    """DCD's negatives: the rows of all processes, or of each one's own."""
-    mask_same_class: bool = False
-    """Leave pairs of the same class out of DCD's negatives (the paper keeps them)."""
-    form: Literal["auto", "naive", "compiled", "tiled", "triton"] = "auto"
-    """How DCD is computed; auto takes what was measured to be fastest."""
-    label_smoothing: Fraction = 0.0
+    terms: ClassVar[Mapping[str, Any]] = {}  # name -> class, filled by losses.terms.loss_section
+
+    def __getattr__(self, key: str) -> Any:  # for type checkers: the keys are not known to them
+        raise AttributeError(key)
 
     def __post_init__(self) -> None:
-        if not (self.ce or self.kd):
-            raise ValueError("ce and kd are both 0: nothing would train the classifier; set one above 0")
-        if self.tau_init > self.tau_max:
-            raise ValueError(f"tau_init: got {self.tau_init}, expected at most tau_max = {self.tau_max}")
+        for name in self.terms:
+            self.settings(name)  # its own checks
+        classifying = [name for name, term in self.terms.items() if term.trains_classifier]
+        if self.terms and not any(self.weight(name) for name in classifying):
+            raise ValueError(
+                f"{', '.join(classifying)}: all are 0, so nothing would train the classifier; set one above 0"
+            )
+
+    def weight(self, name: str) -> float:
+        """The weight of a term."""
+        return float(getattr(self, name))
+
+    def settings(self, name: str) -> Any:
+        """A term's own settings: an instance of its class's Settings."""
+        kind = self.terms[name].Settings
+        return kind(**{each.name: getattr(self, each.name) for each in fields(kind)})
+
+    def with_weights(self, **weights: float) -> Self:
+        """The same with other weights of some terms."""
+        return replace(self, **weights)
+
+    @property
+    def taught(self) -> list[str]:
+        """Names of the terms that are on and read the teacher's outputs."""
+        return [name for name, term in self.terms.items() if term.needs_teacher and self.weight(name)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,12 +309,15 @@ class Config:
     train: Train = field(default_factory=Train)
     eval: Eval = field(default_factory=Eval)
     run: Run = field(default_factory=Run)
+    plugins: tuple[UserPath, ...] = ()
+    """Python files that are imported before the rest of the config is read: they may register losses and loaders."""
 
     def __post_init__(self) -> None:
-        if self.teacher.mode == "none" and (self.loss.kd or self.loss.dcd):
+        if self.teacher.mode == "none" and (taught := self.loss.taught):
+            names = " and ".join(f"loss.{name}" for name in taught)
             raise ValueError(
-                "teacher.mode is none but loss.kd or loss.dcd is above 0; set teacher.mode to online, fill or "
-                "cached, or both weights to 0"
+                f"teacher.mode is none but {names} {'is' if len(taught) == 1 else 'are'} above 0; set teacher.mode to "
+                f"online, fill or cached, or {names} to 0"
             )
         if self.teacher.mode != "none" and self.teacher.model is None:
             raise ValueError(f"teacher.mode is {self.teacher.mode} but teacher.model is missing")

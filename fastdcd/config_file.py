@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
+import importlib.util
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -15,6 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fastdcd.config import Config
+from fastdcd.losses.terms import loss_section
 from pipelines.files import user_path
 
 # More than any experiment needs. A file may come from a stranger: reading it takes bounded time and memory.
@@ -51,13 +55,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     tree = _read(path, (), [])
     override_tree(tree, overrides)
     config = parse(tree, str(path))
-    if config.run.dir is None:
-        # configs/cifar100/x.yaml -> runs/cifar100/x
-        names = path.with_suffix("").parts
-        below = names[names.index("configs") + 1 :] if "configs" in names else names[-1:]
-        tree.setdefault("run", {})["dir"] = str(Path("runs", *below))
-        config = parse(tree, str(path))
-    return config
+    if config.run.dir is not None:
+        return config
+    # configs/cifar100/x.yaml -> runs/cifar100/x
+    names = path.with_suffix("").parts
+    below = names[names.index("configs") + 1 :] if "configs" in names else names[-1:]
+    return replace(config, run=replace(config.run, dir=Path("runs", *below)))
 
 
 def override_tree(tree: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -79,7 +82,43 @@ def override_tree(tree: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def parse(tree: Mapping[str, Any], source: str) -> Config:
     """Check a nested dictionary against Config. Raises ValueError with one line a mistake."""
-    return parse_as(Config, tree, source)
+    _import_plugins(tree.get("plugins", []), source)
+    return parse_as(config_type(), tree, source)
+
+
+def config_type() -> type[Config]:
+    """Config with the keys of all loss terms that are registered."""
+    loss: Any = loss_section()
+    return _config_type(loss)
+
+
+@functools.cache
+def _config_type(loss: Any) -> type[Config]:
+    sections = [("loss", loss, field(default_factory=loss))]
+    return make_dataclass("Config", sections, bases=(Config,), frozen=True, kw_only=True)
+
+
+def _import_plugins(paths: Any, source: str) -> None:
+    """Import each Python file once. Raises ValueError if one is missing or fails."""
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise ValueError(f"{source}: plugins: got {paths!r}, expected a list of Python files")
+    for path in map(user_path, paths):
+        name = f"fastdcd_plugin_{path.resolve()}"
+        if name in sys.modules:
+            continue
+        if not path.is_file():
+            raise ValueError(f"{source}: plugins: no such file: {path}")
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"{source}: plugins: {path}: expected a Python file (.py)")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look themselves up in it
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise ValueError(
+                f"{source}: plugins: {path} fails on import: {type(error).__name__}: {error}"
+            ) from error
 
 
 def parse_as(kind: type[Kind], tree: Mapping[str, Any], source: str) -> Kind:
@@ -93,7 +132,7 @@ def parse_as(kind: type[Kind], tree: Mapping[str, Any], source: str) -> Kind:
 
 def dump(config: Config) -> str:
     """The complete configuration as YAML: what a run stores, and what `load` reads again."""
-    tree = json.loads(TypeAdapter(Config).dump_json(config))
+    tree = json.loads(TypeAdapter(type(config)).dump_json(config))
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdcd.config import Loss
-from fastdcd.losses.terms import TERMS, LossInputs
+from fastdcd.losses.terms import LossInputs
 from fastdcd.models import FeatureModel, ModelOutput
 
 
@@ -20,9 +20,12 @@ class DistillModule(nn.Module):
         """`normalize` turns uint8 [n, 3, H, W] into the student's input; teacher_dim is d_t, 0 without one."""
         super().__init__()
         self.student, self.normalize = student, normalize
-        self.weights = {name: getattr(config, name) for name in TERMS if getattr(config, name) > 0}
+        self.weights = {name: weight for name in config.terms if (weight := config.weight(name)) > 0}
         self.terms = nn.ModuleDict(
-            {name: TERMS[name](config, student.feature_dim, teacher_dim) for name in self.weights}
+            {
+                name: config.terms[name](config.settings(name), student.feature_dim, teacher_dim)
+                for name in self.weights
+            }
         )
 
     def forward(

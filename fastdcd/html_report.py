@@ -9,6 +9,14 @@ from html import escape
 
 COLOURS = ("#3d6fd9", "#e0823d", "#2f9e7a", "#c4527f", "#8a63c9", "#b8992f", "#4aa3c7", "#7d8794")
 
+
+def colour(number: int) -> str:
+    """The colour of a page's curve or bar by its number: those of COLOURS, then hues that never repeat."""
+    if number < len(COLOURS):
+        return COLOURS[number]
+    return f"hsl({number * 137.5 % 360:.0f} 50% 52%)"  # the golden angle: neighbours are far apart
+
+
 _STYLE = """
 :root { --ink: #1c2330; --soft: #667085; --line: #e2e6ec; --back: #f6f7f9; --card: #fff; --good: #1f8a5f; --warn: #c2571a; }
 @media (prefers-color-scheme: dark) {
@@ -83,7 +91,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, coloured: bool 
     top = "".join(f"<th>{escape(each)}</th>" for each in head) if any(head) else ""
     body = ""
     for number, row in enumerate(rows):
-        dot = f'<i style="background:{COLOURS[number % len(COLOURS)]}"></i>' if coloured else ""
+        dot = f'<i style="background:{colour(number)}"></i>' if coloured else ""
         body += (
             "<tr>"
             + f"<td>{dot}{escape(row[0])}</td>"
@@ -93,17 +101,18 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, coloured: bool 
     return f"<table>{f'<thead><tr>{top}</tr></thead>' if top else ''}<tbody>{body}</tbody></table>"
 
 
-def legend(names: Sequence[str]) -> str:
+def legend(names: Sequence[str], fills: Sequence[str] = ()) -> str:
     """Names beside the colours of a figure."""
     each = (
-        f'<span><i style="background:{COLOURS[number % len(COLOURS)]}"></i>{escape(name)}</span>'
+        f'<span><i style="background:{fills[number] if fills else colour(number)}"></i>{escape(name)}</span>'
         for number, name in enumerate(names)
     )
     return f'<div class="legend">{"".join(each)}</div>'
 
 
-def waterfall(rows: Sequence[tuple[str, float, str]], *, unit: str = "ms") -> str:
-    """Bars one after the other: (name, length, label), each beginning where the last ended."""
+def waterfall(rows: Sequence[tuple[str, float, str]], *, unit: str = "ms", key: Sequence[str] = ()) -> str:
+    """Bars one after the other: (name, length, label), each beginning where the last ended. Colours follow `key`, the
+    names of all bars of a page."""
     total = sum(length for _, length, _ in rows) or 1.0
     height, left, width = 26, 130, 820
     parts, start = [], 0.0
@@ -116,10 +125,10 @@ def waterfall(rows: Sequence[tuple[str, float, str]], *, unit: str = "ms") -> st
     for row, (name, length, label) in enumerate(rows):
         x, y = left + width * start / total, row * height
         bar = max(width * length / total, 1.5)
-        colour = COLOURS[row % len(COLOURS)]
+        fill = colour(key.index(name) if key else row)
         parts.append(f'<text x="0" y="{y + 17}">{escape(name)}</text>')
         parts.append(
-            f'<rect x="{x:.1f}" y="{y + 4}" width="{bar:.1f}" height="{height - 8}" rx="3" fill="{colour}">'
+            f'<rect x="{x:.1f}" y="{y + 4}" width="{bar:.1f}" height="{height - 8}" rx="3" fill="{fill}">'
             f"<title>{escape(name)}: {escape(label)}</title></rect>"
         )
         fits = x + bar + 120 < 1000
@@ -138,7 +147,7 @@ def stack(parts: Sequence[tuple[str, float, str]]) -> str:
     for row, (name, size, label) in enumerate(parts):
         width = 500 * size / total
         drawn.append(
-            f'<rect x="{start:.1f}" y="0" width="{width:.1f}" height="30" fill="{COLOURS[row % len(COLOURS)]}">'
+            f'<rect x="{start:.1f}" y="0" width="{width:.1f}" height="30" fill="{colour(row)}">'
             f"<title>{escape(name)}: {escape(label)}</title></rect>"
         )
         start += width
@@ -146,8 +155,12 @@ def stack(parts: Sequence[tuple[str, float, str]]) -> str:
     return _svg(500, 30, drawn) + '<div style="height:12px"></div>' + legend(names)
 
 
-def stacks(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], *, unit: str = "ms") -> str:
-    """Bars below each other over one axis, each divided as the first: (name, a length for each of `names`)."""
+def stacks(
+    rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], *, unit: str = "ms", key: Sequence[str] = ()
+) -> str:
+    """Bars below each other over one axis, each divided as the first: (name, a length for each of `names`). Colours
+    follow `key`, the names of all divisions of a page."""
+    fills = [colour(key.index(name) if key else place) for place, name in enumerate(names)]
     top = max(sum(lengths) for _, lengths in rows) or 1.0
     height, left, width = 26, 70, 880
     drawn = []
@@ -164,10 +177,10 @@ def stacks(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], *,
             bar = width * length / top
             drawn.append(
                 f'<rect x="{x:.1f}" y="{y + 4}" width="{bar:.1f}" height="{height - 8}" '
-                f'fill="{COLOURS[place % len(COLOURS)]}"><title>{escape(names[place])}: {number(length)} {unit}</title></rect>'
+                f'fill="{fills[place]}"><title>{escape(names[place])}: {number(length)} {unit}</title></rect>'
             )
             x += bar
-    return legend(names) + _svg(1000, len(rows) * height + 22, drawn)
+    return legend(names, fills) + _svg(1000, len(rows) * height + 22, drawn)
 
 
 def histogram(values: Sequence[float], marks: dict[str, float], *, unit: str, bins: int = 40) -> str:
@@ -236,13 +249,13 @@ def chart(lines: Sequence[Line], *, x: str, y: str, key: Sequence[str] | None = 
         )
     drawn.append(f'<text class="soft" x="{left + width}" y="{height + 46}" text-anchor="end">{escape(x)}</text>')
     for line in lines:
-        colour = COLOURS[key.index(line.name) % len(COLOURS)]
+        stroke = colour(key.index(line.name))
         path = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in thin(line.points))
         if len(line.points) == 1:
             a, b = line.points[0]
-            drawn.append(f'<circle cx="{across(a):.1f}" cy="{up(b):.1f}" r="3.5" fill="{colour}"/>')
+            drawn.append(f'<circle cx="{across(a):.1f}" cy="{up(b):.1f}" r="3.5" fill="{stroke}"/>')
         drawn.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8" stroke-linejoin="round">'
+            f'<polyline points="{path}" fill="none" stroke="{stroke}" stroke-width="1.8" stroke-linejoin="round">'
             f"<title>{escape(line.name)}</title></polyline>"
         )
     return _svg(500, height + 50, drawn)

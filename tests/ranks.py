@@ -18,7 +18,7 @@ from fastdcd import config_file, experiment
 from fastdcd.cache import fill as filling
 from fastdcd.config import Loss
 from fastdcd.losses import dcd, tiled
-from fastdcd.losses.terms import TERMS, LossInputs
+from fastdcd.losses.terms import LossInputs, loss_section
 from fastdcd.models import ModelOutput
 from fastdcd.train import train
 
@@ -41,7 +41,9 @@ class Small(nn.Module):
     def __init__(self, loss: Loss) -> None:
         super().__init__()
         self.body, self.classifier = nn.Linear(12, 10), nn.Linear(10, 5)
-        self.terms = nn.ModuleDict({name: term(loss, 10, 9) for name, term in TERMS.items()})
+        self.terms = nn.ModuleDict(
+            {name: loss.terms[name](loss.settings(name), 10, 9) for name in ("ce", "kd", "dcd")}
+        )
 
     def forward(self, x: Tensor, teacher: ModelOutput, labels: Tensor, divisor: float) -> Tensor:
         features = self.body(x).relu()
@@ -66,7 +68,7 @@ def _compare(rows: int, masked: bool, dtype: torch.dtype, tolerance: float) -> N
     rank, count = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rows)
     torch.set_default_dtype(dtype)
-    module = Small(Loss(kd=1.0, dcd=1.0, feat_dim=6, negatives="global", mask_same_class=masked))
+    module = Small(loss_section()(kd=1.0, dcd=1.0, feat_dim=6, negatives="global", mask_same_class=masked))
     x, features, logits = torch.randn(rows, 12), torch.randn(rows, 9), torch.randn(rows, 5)
     torch.set_default_dtype(torch.float32)
     labels = torch.randint(0, 5, (rows,))
@@ -75,8 +77,7 @@ def _compare(rows: int, masked: bool, dtype: torch.dtype, tolerance: float) -> N
     found(x[own], ModelOutput(features[own], logits[own]), labels[own], rows / count).backward()
     gradients = [each.grad.clone() for each in module.parameters()]
     module.zero_grad()
-    for term in module.terms.values():
-        term.config = replace(term.config, negatives="local")
+    module.terms["dcd"].settings = replace(module.terms["dcd"].settings, negatives="local")
     module(x, ModelOutput(features, logits), labels, float(rows)).backward()
     largest = max(float(each.grad.abs().max()) for each in module.parameters())
     for (name, each), ours in zip(module.named_parameters(), gradients, strict=True):

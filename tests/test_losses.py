@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from conftest import ROOT, absent
 from torch import Tensor
 
-from fastdcd.config import Loss
 from fastdcd.losses import dcd, reference, tiled
 from fastdcd.losses.terms import DCD, LossInputs
 from fastdcd.models import ModelOutput
@@ -272,7 +271,7 @@ def test_a_bias_changes_nothing() -> None:
 def test_gradients_of_both_heads(form: str, masked: bool) -> None:
     """The whole term against the paper's formula over the same heads, float64."""
     torch.manual_seed(0)
-    term = DCD(Loss(dcd=1.0, feat_dim=16, form=form, mask_same_class=masked), 10, 20)
+    term = DCD(DCD.Settings(feat_dim=16, form=form, mask_same_class=masked), 10, 20)
     student, teacher = torch.randn(61, 10), torch.randn(61, 20)
     labels = torch.arange(61) % 30
     loss, _ = term(LossInputs(ModelOutput(student, student), ModelOutput(teacher, teacher), labels, 61.0))
@@ -303,7 +302,7 @@ def test_a_zero_row_has_a_bounded_gradient() -> None:
 def test_temperature_comes_back_from_its_bounds() -> None:
     """Matching pairs drive tau to its upper bound, hostile ones to the lower; it leaves either when data changes."""
     torch.manual_seed(0)
-    term = DCD(Loss(dcd=1.0, feat_dim=8, tau_max=10.0), 8, 8)
+    term = DCD(DCD.Settings(feat_dim=8, tau_max=10.0), 8, 8)
     features = torch.randn(32, 8)
     with torch.no_grad():  # heads that keep what they are given
         for head in (term.student_head, term.teacher_head):

@@ -12,7 +12,7 @@ import torch
 from conftest import BOTH, ROOT, Digits, forget_accelerate, metric_lines, run_program
 from safetensors.torch import load_file
 
-from fastdcd import config, config_file, models, weights
+from fastdcd import config_file, models, weights
 from fastdcd.train import train
 
 # Loss of 20 steps of DCD + KD on digits, CPU, float32. A change that moves it changes training itself.
@@ -239,6 +239,7 @@ def test_a_teacher_is_judged_before_training(
 
 def test_every_weight_moves_and_only_those_meant_to_decay_do(digits: Digits, tmp_path: Path) -> None:
     from fastdcd.distill import DistillModule, no_weight_decay
+    from fastdcd.losses.terms import loss_section
     from fastdcd.models import build, normalize_for
 
     cfg = digits.config(tmp_path, loss=BOTH, teacher={"mode": "online"})
@@ -252,7 +253,7 @@ def test_every_weight_moves_and_only_those_meant_to_decay_do(digits: Digits, tmp
     assert {"terms.dcd.log_tau", "terms.dcd.b", "terms.dcd.teacher_head.bias"} <= literature
     assert not any(name.startswith("student.") for name in literature)
     no_distillation = DistillModule(
-        build("cifar:resnet8", classes=10), normalize_for("cifar:resnet8"), config.Loss(), teacher_dim=64
+        build("cifar:resnet8", classes=10), normalize_for("cifar:resnet8"), loss_section()(), teacher_dim=64
     )
     assert not list(no_distillation.terms.parameters()), "a weight of zero costs nothing"
 

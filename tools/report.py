@@ -13,25 +13,25 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import fr
 
 from fastdcd import cli, html_report
 from fastdcd.html_report import Line
+from fastdcd.losses.terms import TERMS
 from fastdcd.profiler.table import duration
 from pipelines.files import replace_file, user_path
 
 # Figures in order: key of metrics.jsonl, kind of line, title, unit. One is drawn if a run has its key.
-FIGURES = (
+Figure = tuple[str, str, str, str]
+BEFORE: tuple[Figure, ...] = (
     ("top1", "eval", "Accuracy, top-1", "%"),
     ("top5", "eval", "Accuracy, top-5", "%"),
     ("loss", "train", "Loss", "nats"),
-    ("ce", "train", "Cross-entropy", "nats"),
-    ("kd", "train", "KD", "nats x T²"),
-    ("dcd_contrast", "train", "DCD, contrast", "nats"),
-    ("dcd_consist", "train", "DCD, consistency", "nats"),
-    ("tau", "train", "Temperature tau", ""),
+)
+AFTER: tuple[Figure, ...] = (
     ("lr", "train", "Learning rate", ""),
     ("images_per_second", "train", "Throughput", "images/s"),
     ("data_wait", "train", "Waiting for data", "share of the step"),
     ("data_wait_ranks", "train", "Waiting for data, slowest process", "share of the step"),
     ("skipped_steps", "train", "Steps skipped", ""),
 )
+UNDRAWN = {"kind", "epoch", "step", "skipped_in_a_row"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +100,20 @@ def read(folder: Path, name: str) -> Run:
     return Run(name=name, lines=lines, summary=json.loads(summary.read_text()) if summary.is_file() else {})
 
 
+def figures(runs: list[Run]) -> list[Figure]:
+    """What there is to draw: the loss terms' parts by the titles they are registered with, others by their keys."""
+    parts = [(key, "train", *shown) for term in TERMS.values() for key, shown in term.logged.items()]
+    known = {key for key, *_ in (*BEFORE, *parts, *AFTER)}
+    found = {key for run in runs for line in run.lines if line["kind"] == "train" for key in line}
+    others = [(key, "train", key, "") for key in sorted(found - known - UNDRAWN)]
+    return [*BEFORE, *parts, *others, *AFTER]
+
+
 def page(runs: list[Run]) -> str:
     """The page of some runs."""
     key = [run.name for run in runs]
     cards = []
-    for value, kind, title, unit in FIGURES:
+    for value, kind, title, unit in figures(runs):
         lines = [line for run in runs if (line := run.curve(value, kind)).points]
         if not any(y for line in lines for _, y in line.points):
             continue  # no run has it, or nothing ever happened

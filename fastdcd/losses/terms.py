@@ -1,16 +1,23 @@
-"""The loss terms. Start here: one entry in TERMS adds a loss, everywhere."""
+"""The loss terms. Start here: one entry in TERMS, or one call of `register_loss`, adds a loss everywhere.
+
+Its weight `loss.NAME` and its settings become config keys; metrics.jsonl, the profiler's stages and verdict, and the
+reports know it by what its class declares.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, make_dataclass
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_type_hints
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from fastdcd.config import Loss
+from fastdcd.config import Fraction, Loss, Positive, Weight
 from fastdcd.losses import dcd as fused
 from fastdcd.losses import logits, reference
 from fastdcd.models import ModelOutput
@@ -25,12 +32,37 @@ class LossInputs(NamedTuple):
     divisor: float  # rows of the batch over all processes / processes: DDP's mean is then the global mean
 
 
-class LossTerm(nn.Module):
-    """One loss term. `forward` returns the value to minimise and named parts to log, all 0-dimensional."""
+@dataclass(frozen=True, kw_only=True)
+class NoSettings:
+    """A term without settings of its own."""
 
-    def __init__(self, config: Loss, student_dim: int, teacher_dim: int) -> None:
+
+class LossTerm(nn.Module):
+    """One loss term. `forward` returns the value to minimise and named parts to log, all 0-dimensional.
+
+    Class attributes, for a new term to set:
+        title: what profiles and reports call it.
+        default: its weight where the config gives none.
+        Settings: frozen dataclass of its own config keys, which lie beside the weights in the section `loss`; every
+            field has a default. Its __post_init__ may raise ValueError, "KEY: got ..., expected ...".
+        logged: key in metrics.jsonl -> title and unit in reports, for each of the named parts.
+        needs_teacher: whether it reads the teacher's outputs.
+        trains_classifier: whether its gradient reaches the student's classifier. One such term must be on.
+        pairwise: whether its work grows with the square of the batch.
+    """
+
+    title: ClassVar[str]
+    default: ClassVar[float] = 0.0
+    Settings: ClassVar[type] = NoSettings
+    logged: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    needs_teacher: ClassVar[bool] = True
+    trains_classifier: ClassVar[bool] = False
+    pairwise: ClassVar[bool] = False
+
+    def __init__(self, settings: Any, student_dim: int, teacher_dim: int) -> None:
+        """`settings` is an instance of Settings; features have student_dim and teacher_dim numbers."""
         super().__init__()
-        self.config = config
+        self.settings = settings
 
     def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         raise NotImplementedError
@@ -42,12 +74,23 @@ class LossTerm(nn.Module):
 class CrossEntropy(LossTerm):
     """Cross-entropy with the labels, with label smoothing."""
 
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        label_smoothing: Fraction = 0.0
+
+    title = "cross-entropy"
+    default = 1.0
+    logged: ClassVar = {"ce": ("Cross-entropy", "nats")}
+    needs_teacher = False
+    trains_classifier = True
+    settings: Settings
+
     def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         total = F.cross_entropy(
             reference.upcast(inputs.student.logits),  # [n, classes]
             inputs.labels,
             reduction="sum",
-            label_smoothing=self.config.label_smoothing,
+            label_smoothing=self.settings.label_smoothing,
         )
         loss = total / inputs.divisor
         return loss, {"ce": loss.detach()}
@@ -56,12 +99,21 @@ class CrossEntropy(LossTerm):
 class KnowledgeDistillation(LossTerm):
     """T^2 KL(teacher || student) of softened logits (Hinton et al. 2015)."""
 
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        kd_temperature: Annotated[float, Field(gt=0)] = 4.0
+
+    title = "KD"
+    logged: ClassVar = {"kd": ("KD", "nats x T²")}
+    trains_classifier = True
+    settings: Settings
+
     def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         assert inputs.teacher is not None
         loss = logits.kd(
             inputs.student.logits,
             inputs.teacher.logits,
-            self.config.kd_temperature,
+            self.settings.kd_temperature,
             divisor=inputs.divisor,
         )
         return loss, {"kd": loss.detach()}
@@ -77,16 +129,45 @@ class DCD(LossTerm):
             it never moves; it is kept because the paper has it.
     """
 
-    def __init__(self, config: Loss, student_dim: int, teacher_dim: int) -> None:
-        super().__init__(config, student_dim, teacher_dim)
-        self.student_head = nn.Linear(student_dim, config.feat_dim)
-        self.teacher_head = nn.Linear(teacher_dim, config.feat_dim)
-        self.log_tau = nn.Parameter(torch.tensor(math.log(config.tau_init)))
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        alpha: Weight = 0.5
+        """Weight of the consistency term."""
+        feat_dim: Positive = 128
+        """Dimensions of the embedding."""
+        tau_init: Annotated[float, Field(gt=0)] = math.e
+        """The learnable temperature at the start (the paper's t = 1, tau = e)."""
+        tau_max: Annotated[float, Field(gt=0, le=40)] = 10.0
+        negatives: Literal["global", "local"] = "global"
+        """The rows of all processes, or of each one's own."""
+        mask_same_class: bool = False
+        """Leave pairs of the same class out of the negatives (the paper keeps them)."""
+        form: Literal["auto", "naive", "compiled", "tiled", "triton"] = "auto"
+        """How it is computed; auto takes what was measured to be fastest."""
+
+        def __post_init__(self) -> None:
+            if self.tau_init > self.tau_max:
+                raise ValueError(f"tau_init: got {self.tau_init}, expected at most tau_max = {self.tau_max}")
+
+    title = "DCD"
+    logged: ClassVar = {
+        "dcd_contrast": ("DCD, contrast", "nats"),
+        "dcd_consist": ("DCD, consistency", "nats"),
+        "tau": ("Temperature tau", ""),
+    }
+    pairwise = True
+    settings: Settings
+
+    def __init__(self, settings: Settings, student_dim: int, teacher_dim: int) -> None:
+        super().__init__(settings, student_dim, teacher_dim)
+        self.student_head = nn.Linear(student_dim, settings.feat_dim)
+        self.teacher_head = nn.Linear(teacher_dim, settings.feat_dim)
+        self.log_tau = nn.Parameter(torch.tensor(math.log(settings.tau_init)))
         self.b = nn.Parameter(torch.zeros(()))
 
     def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         assert inputs.teacher is not None
-        config = self.config
+        settings = self.settings
         z_s = reference.normalize(self.student_head(reference.upcast(inputs.student.features)))  # [n, feat_dim]
         z_t = reference.normalize(self.teacher_head(inputs.teacher.features))  # [n, feat_dim]
         tau = self.log_tau.exp()
@@ -94,11 +175,11 @@ class DCD(LossTerm):
             z_s,
             z_t,
             tau,
-            alpha=config.alpha,
-            labels=inputs.labels if config.mask_same_class else None,
-            negatives=config.negatives,
+            alpha=settings.alpha,
+            labels=inputs.labels if settings.mask_same_class else None,
+            negatives=settings.negatives,
             divisor=inputs.divisor,
-            form=config.form,
+            form=settings.form,
         )
         # b takes part with weight zero, so that DDP finds a gradient for every parameter
         loss = result.loss + 0.0 * self.b
@@ -108,13 +189,45 @@ class DCD(LossTerm):
     def after_step(self) -> None:
         """Keep tau in [1/tau_max, tau_max] by moving t itself: a clamp inside the loss would kill its gradient
         at the bound for good."""
-        bound = math.log(self.config.tau_max)
+        bound = math.log(self.settings.tau_max)
         self.log_tau.clamp_(-bound, bound)
 
 
-# Loss weight in the config -> the term it switches on.
-TERMS: dict[str, Callable[[Loss, int, int], LossTerm]] = {
+# Name of the weight in the config -> the term it switches on.
+TERMS: dict[str, type[LossTerm]] = {
     "ce": CrossEntropy,
     "kd": KnowledgeDistillation,
     "dcd": DCD,
 }
+
+
+def register_loss(name: str, term: type[LossTerm]) -> None:
+    """Add a loss term from outside, before a config is read: `loss.NAME` is its weight from then on.
+
+    Raises ValueError if the name, or one of its settings or logged keys, already means something else.
+    """
+    if TERMS.get(name) is term:
+        return
+    if not name.isidentifier():
+        raise ValueError(f"register_loss: got the name {name!r}, expected letters, digits and underscores")
+    taken = {*TERMS, *(each.name for known in TERMS.values() for each in fields(known.Settings))}
+    keys = [name, *(each.name for each in fields(term.Settings))]
+    logged = {"loss", "lr", "kind", "epoch", "step", *(key for known in TERMS.values() for key in known.logged)}
+    if clash := [key for key in keys if key in taken] + [key for key in term.logged if key in logged]:
+        raise ValueError(f"register_loss: {name}: {clash[0]!r} is taken; choose another name")
+    TERMS[name] = term
+
+
+@functools.cache
+def _section(terms: tuple[tuple[str, type[LossTerm]], ...]) -> type[Loss]:
+    keys: list[tuple[str, Any, Any]] = [(name, Weight, term.default) for name, term in terms]
+    for _, term in terms:
+        hints = get_type_hints(term.Settings, include_extras=True)
+        keys += [(each.name, hints[each.name], each.default) for each in fields(term.Settings)]
+    made = make_dataclass("Loss", keys, bases=(Loss,), frozen=True, kw_only=True, namespace={"terms": dict(terms)})
+    return made
+
+
+def loss_section() -> type[Loss]:
+    """The config section `loss`: the weight of every term and their settings, side by side."""
+    return _section(tuple(TERMS.items()))

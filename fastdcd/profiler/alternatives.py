@@ -117,8 +117,8 @@ def _dcd_seconds(bench: Bench, teacher: Teacher, form: str) -> float:
     classes = 2
     term = bench.step.module.terms["dcd"]
     assert isinstance(term, LossTerm)
-    kept = term.config
-    term.config = replace(kept, form=form)  # type: ignore[arg-type]
+    kept = term.settings
+    term.settings = replace(kept, form=form)
 
     def random(dim: int) -> ModelOutput:
         features = torch.randn(rows, dim, device=device)
@@ -136,7 +136,7 @@ def _dcd_seconds(bench: Bench, teacher: Teacher, form: str) -> float:
     try:
         return call_seconds(call, device, 5)
     finally:
-        term.config = kept
+        term.settings = kept
 
 
 def of_data(config: Config, loading: dict[str, float], sizes: list[int], seconds: float) -> Found:

@@ -30,6 +30,7 @@ from fastdcd import experiment
 from fastdcd.config import Config
 from fastdcd.profiler import alternatives, reading
 from fastdcd.profiler.clock import Clock, call_seconds, spread, steady, synchronize
+from fastdcd.profiler.stages import in_order
 from fastdcd.profiler.steps import Bench, enough, plain, run_steps, set_up
 from fastdcd.profiler.verdict import WAITING
 from fastdcd.teacher_modes import open_mode
@@ -42,22 +43,6 @@ from pipelines.prefetch import prefetch
 FORMAT = "fastdcd-profile-2"
 LEAST = 12  # steps of a measurement, however slow they are
 MOST = 400
-# Stages in the order of a step, as they are shown.
-STAGES = (
-    "data_wait",
-    "copy",
-    "cache_read",
-    "teacher",
-    "student_forward",
-    "loss.ce",
-    "loss.kd",
-    "loss.dcd",
-    "loss_backward",
-    "backward",
-    "all_reduce",
-    "optimizer",
-    "other",
-)
 
 
 def profile(
@@ -191,7 +176,7 @@ def _summary(marked: list[dict[str, float]], whole: list[float]) -> dict[str, An
     overhead = float(np.median([sum(step.values()) for step in marked]) / np.median(whole) - 1) if whole else None
     kept = steady(marked, lambda step: sum(step.values()))
     totals = [[sum(step.values()) for step in steps] for steps in (marked, kept)]
-    names = [name for name in STAGES if any(name in step for step in marked)]
+    names = in_order({name for step in marked for name in step})
     return {
         "step": spread(whole, steady(whole, float)) if whole else spread(*totals),
         "stages": {

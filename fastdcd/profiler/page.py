@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 from typing import Any
 
 import numpy as np
 
 from fastdcd import html_report
+from fastdcd.profiler.stages import stages
 from fastdcd.profiler.table import duration
 from fastdcd.profiler.verdict import evaluation_share
-
-_NAMES = {
-    "data_wait": "wait for data",
-    "copy": "copy to device",
-    "cache_read": "teacher cache",
-    "teacher": "teacher forward",
-    "student_forward": "student forward",
-    "loss.ce": "cross-entropy",
-    "loss.kd": "KD",
-    "loss.dcd": "DCD",
-    "loss_backward": "losses backward",
-    "backward": "student backward",
-    "all_reduce": "all-reduce",
-}
 
 
 def page(profile: dict[str, Any]) -> str:
@@ -35,9 +23,9 @@ def page(profile: dict[str, Any]) -> str:
         + (f", teacher {about['teacher']} ({about['teacher_mode']})" if about["teacher"] else "")
         + f", {about['backend']} with {about['workers']} workers, {about['processes']} x {about['device']}"
     )
-    stages = {name: values["mean"] for name, values in profile["stages"].items()}
-    total = sum(stages.values())
-    wait = stages.get("data_wait", 0.0) / total
+    means = {name: values["mean"] for name, values in profile["stages"].items()}
+    total = sum(means.values())
+    wait = means.get("data_wait", 0.0) / total
     parts = [
         html_report.tiles(
             {
@@ -53,8 +41,9 @@ def page(profile: dict[str, Any]) -> str:
             html_report.waterfall(
                 [
                     (_name(key), 1000 * each, f"{1000 * each:.2f} ms, {each / total:.0%}")
-                    for key, each in stages.items()
-                ]
+                    for key, each in means.items()
+                ],
+                key=_key(means),
             ),
             note="Mean of the steady steps. On a GPU a stage is the time between events on its own timeline; "
             "work that hides behind it does not show.",
@@ -95,7 +84,12 @@ _PROJECTION = (
 
 
 def _name(key: str) -> str:
-    return _NAMES.get(key, key.replace("_", " "))
+    return stages().get(key, key)
+
+
+def _key(found: Iterable[str]) -> list[str]:
+    """Names of all stages: a stage's place among them is its colour, in every figure."""
+    return [_name(key) for key in [*stages(), *(key for key in found if key not in stages())]]
 
 
 def _verdict(found: dict[str, Any]) -> str:
@@ -177,7 +171,7 @@ def _ranks(ranks: list[dict[str, Any]]) -> str:
     if len(ranks) == 1:
         return body
     bars = [(f"rank {rank['rank']}", [1000 * rank["stages"].get(name, 0.0) for name in shown]) for rank in ranks]
-    return html_report.stacks(bars, [_name(name) for name in shown]) + body
+    return html_report.stacks(bars, [_name(name) for name in shown], key=_key(names)) + body
 
 
 def _projection(profile: dict[str, Any]) -> str:

@@ -66,7 +66,7 @@ def plain(config: Config, bench: Bench, index: DatasetIndex) -> Bench:
     """The student of a config trained by cross-entropy alone: what distillation is compared with."""
     config = replace(
         config,
-        loss=replace(config.loss, ce=1.0, kd=0.0, dcd=0.0),
+        loss=config.loss.with_weights(**{name: float(name == "ce") for name in config.loss.terms}),
         teacher=replace(config.teacher, mode="none"),
     )
     return set_up(config, bench.accelerator, index, bench.family, None, NoTeacher())

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fastdcd.losses.terms import TERMS
+from fastdcd.profiler.stages import LOSS
+
 Profile = dict[str, Any]  # what measure.profile returns
 
 
@@ -72,7 +75,11 @@ def verdict(profile: Profile) -> dict[str, Any]:
 
 STUDENT = ("student_forward", "backward", "optimizer")
 WAITING = 0.1  # share of the step, from which on it is a wait
-LOSSES = ("loss.ce", "loss.kd", "loss.dcd", "loss_backward")
+
+
+def _losses(profile: Profile) -> list[str]:
+    """Stages of the loss terms."""
+    return [name for name in profile["stages"] if name.startswith(LOSS) or name == "loss_backward"]
 
 
 def _seconds(profile: Profile, *names: str) -> float:
@@ -273,29 +280,30 @@ def _loss_advice(profile: Profile) -> list[Advice]:
     advice = _measured(
         profile, "loss.form=auto", "let the loss choose its form: tiles instead of whole similarity matrices"
     )
-    if profile["about"]["processes"] > 1:
+    if profile["about"]["processes"] > 1 and "loss.dcd" in profile["stages"]:
         advice.append(
             Advice(
                 text="negatives of each process only: less work, another loss", settings=("loss.negatives=local",)
             )
         )
     rows = profile["images_per_step"]
-    advice.append(
-        Advice(
-            text="DCD's work grows with the square of the batch: a smaller one (and its learning rate)",
-            settings=(f"data.batch_size={max(rows // 2, 1)}",),
+    pairwise = [term.title for name, term in TERMS.items() if term.pairwise and LOSS + name in profile["stages"]]
+    if pairwise:
+        advice.append(
+            Advice(
+                text=f"{', '.join(pairwise)}: work that grows with the square of the batch: a smaller one (and its "
+                "learning rate)",
+                settings=(f"data.batch_size={max(rows // 2, 1)}",),
+            )
         )
-    )
     return advice
 
 
 def _loss_words(profile: Profile) -> str:
     each = ", ".join(
-        f"{name.removeprefix('loss.').replace('_', ' ')} {_share(profile, name):.0%}"
-        for name in LOSSES
-        if name in profile["stages"]
+        f"{name.removeprefix(LOSS).replace('_', ' ')} {_share(profile, name):.0%}" for name in _losses(profile)
     )
-    return f"loss-bound: the loss terms are {_share(profile, *LOSSES):.0%} of the step ({each})"
+    return f"loss-bound: the loss terms are {_share(profile, *_losses(profile)):.0%} of the step ({each})"
 
 
 def _communication_advice(profile: Profile) -> list[Advice]:
@@ -414,7 +422,7 @@ RULES = (
     ),
     Rule(
         kind="loss-bound",
-        share=lambda profile: _share(profile, *LOSSES),
+        share=lambda profile: _share(profile, *_losses(profile)),
         threshold=0.3,
         words=_loss_words,
         advice=_loss_advice,
