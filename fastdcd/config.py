@@ -88,6 +88,8 @@ class Student:
     """Number of classes; the dataset's own number if not given. Another number is an error."""
     checkpoint: UserPath | None = None
     """Weights to start from."""
+    fresh_classifier: bool = False
+    """Leave the checkpoint's final layer out: it was trained on other classes."""
     image_size: Pixels | dict[Count, Pixels] = 224
     """Pixels, or first epoch -> pixels for progressive resizing, as in {0: 160, 10: 192}."""
     channels_last: bool = True
@@ -116,6 +118,9 @@ class Teacher:
     """.safetensors or .pth of the teacher; one for each of several."""
     checkpoint_by_order: bool = False
     """Match the checkpoint's tensors by order and shape instead of by name."""
+    classifier: bool = True
+    """False: pooled features alone, for teachers that have no classifier (self-supervised ones, several tokens) or
+    one of other classes, which is left out. For losses that compare features; kd needs the logits of a classifier."""
     image_size: Pixels | None = None
     """Pixels at which the teacher sees the box; student.image_size if not given (and constant)."""
     mean: tuple[float, float, float] | None = None

@@ -16,8 +16,19 @@ from fastdcd.models import FeatureModel, ModelOutput
 class DistillModule(nn.Module):
     """The student and the loss terms whose weight is above zero."""
 
-    def __init__(self, student: FeatureModel, normalize: nn.Module, config: Loss, *, teacher_dim: int = 0) -> None:
-        """`normalize` turns uint8 [n, 3, H, W] into the student's input; teacher_dim is d_t, 0 without one."""
+    def __init__(
+        self,
+        student: FeatureModel,
+        normalize: nn.Module,
+        config: Loss,
+        *,
+        teacher_dim: int = 0,
+        teacher_classes: int | None = None,
+    ) -> None:
+        """`normalize` turns uint8 [n, 3, H, W] into the student's input; teacher_dim is d_t, 0 without one.
+
+        Raises ValueError if the teacher has features only (teacher_classes = 0) and a term needs its logits.
+        """
         super().__init__()
         self.student, self.normalize = student, normalize
         self.weights = {name: weight for name in config.terms if (weight := config.weight(name)) > 0}
@@ -27,6 +38,12 @@ class DistillModule(nn.Module):
                 for name in self.weights
             }
         )
+        for name, term in self.terms.items():
+            if term.needs_teacher_logits and teacher_classes == 0:
+                raise ValueError(
+                    f"loss.{name}: got {self.weights[name]}, but it needs the teacher's logits, and teacher.classifier is "
+                    f"false; set loss.{name}=0 and compare features (loss.dcd), or take a teacher with a classifier"
+                )
 
     def forward(
         self, images: Tensor, labels: Tensor, teacher: ModelOutput | None, divisor: float

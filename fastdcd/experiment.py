@@ -147,12 +147,23 @@ def build_student(
 ) -> DistillModule:
     """The module to train, with fresh weights of run.seed or those of student.checkpoint."""
     section = config.student
-    student = models.build(section.model, classes=classes)
+    sizes = {config.student_size(epoch) for epoch in range(config.train.epochs)} | {config.eval_size}
+    student = models.build(section.model, classes=classes, sizes=sorted(sizes))
+    models.check_sizes(student, section.model, sizes, "student.image_size")
     if section.checkpoint is not None:
-        weights.load_into(student, section.checkpoint, what="student")
+        try:
+            weights.load_into(student, section.checkpoint, what="student", classifier=not section.fresh_classifier)
+        except ValueError as error:
+            raise ValueError(f"student.checkpoint: {error}") from None
     normalize = models.normalize_for(section.model, section.mean, section.std)
     teacher_dim = teacher.feature_dim if teacher else 0
-    module: nn.Module = DistillModule(student, normalize, config.loss, teacher_dim=teacher_dim)
+    module: nn.Module = DistillModule(
+        student,
+        normalize,
+        config.loss,
+        teacher_dim=teacher_dim,
+        teacher_classes=teacher.classes if teacher else None,
+    )
     if section.sync_bn and accelerator.num_processes > 1:
         if accelerator.device.type == "cpu":
             raise ValueError("student.sync_bn: got true, but torch has it on GPUs only; set it false or use GPUs")

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from fastdcd import models, weights
 from fastdcd.config import Config
 
+# A teacher is a student without a teacher.
+_HOW_TO_TRAIN = (
+    "accelerate launch fastdcd/train.py with student.model={model} and teacher.mode=none: its student.safetensors"
+)
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,7 +38,7 @@ class Teacher(nn.Module):
         name: of all members, for messages.
         members: the networks.
         classifier: pooled features [n, feature_dim] -> logits [n, classes].
-        feature_dim: of all members together.
+        feature_dim, classes: of all members together; no classes with teacher.classifier false.
         rows: images of one forward pass. A shorter batch is filled up with black images, so that every
             pass has one shape: a row's features then do not depend on the batch around it, bit for bit.
         size: height and width of the images it expects, pixels.
@@ -45,7 +49,7 @@ class Teacher(nn.Module):
         self.name = name
         self.members: Sequence[Member] = nn.ModuleList(members)  # type: ignore[assignment]
         self.classifier = _joint_classifier([member.network.classifier for member in members])
-        self.feature_dim = self.classifier.in_features
+        self.feature_dim, self.classes = self.classifier.in_features, self.classifier.out_features
         self.size, self.rows, self.precision = size, rows, precision
         self.eval().requires_grad_(False)
 
@@ -79,7 +83,8 @@ def _joint_classifier(layers: Sequence[nn.Linear]) -> nn.Linear:
     """The linear layer that takes features side by side to the mean of the layers' logits."""
     if len(layers) == 1:
         return layers[0]
-    joint = nn.Linear(sum(layer.in_features for layer in layers), layers[0].out_features)
+    dim, classes = sum(layer.in_features for layer in layers), layers[0].out_features
+    joint = nn.Linear(dim, classes) if classes else models.no_outputs(dim)
     with torch.no_grad():
         joint.weight.copy_(torch.cat([layer.weight for layer in layers], 1) / len(layers))
         biases: list[Tensor] = [
@@ -105,9 +110,21 @@ def load_teacher(config: Config, *, classes: int, rows: int, device: torch.devic
     members = []
     for model, checkpoint in section.members:
         if checkpoint is None:
-            raise ValueError("teacher.checkpoint is missing: an untrained teacher teaches nothing")
-        network = models.build(model, classes=classes)
-        weights.load_into(network, checkpoint, what="teacher", by_order=section.checkpoint_by_order)
+            raise ValueError(
+                "teacher.checkpoint is missing: an untrained teacher teaches nothing; name its weights, or train it "
+                f"first ({_HOW_TO_TRAIN.format(model=model)})"
+            )
+        if not checkpoint.exists():
+            raise ValueError(
+                f"teacher.checkpoint: {checkpoint}: no such file; train the teacher first "
+                f"({_HOW_TO_TRAIN.format(model=model)}), or name weights that are there"
+            )
+        network = models.build(model, classes=classes if section.classifier else 0, sizes=[config.teacher_size])
+        models.check_sizes(network, model, [config.teacher_size], "teacher.image_size")
+        try:
+            weights.load_into(network, checkpoint, what="teacher", by_order=section.checkpoint_by_order)
+        except ValueError as error:
+            raise ValueError(f"teacher.checkpoint: {error}") from None
         member = Member(network, models.normalize_for(model, section.mean, section.std))
         if section.compile:
             member.compile()  # in place: the names of its weights, and so its digest, stay the same

@@ -47,7 +47,7 @@ def train(cfg: Config) -> dict[str, Any]:
             accelerator.print(f"resumed from {resume_from}: epoch {progress.epoch}, step {progress.step}")
         experiment.write_config(cfg, accelerator)
         mode = open_mode(cfg, train_set, family, teacher, accelerator)
-        if teacher and cfg.teacher.evaluate:
+        if teacher and teacher.classes and cfg.teacher.evaluate:
             found = evaluate(teacher, val_set, accelerator, cfg.eval, size=teacher.size)
             accelerator.print(f"teacher {teacher.name}: top-1 {found.top1:.2f} % on {cfg.data.val}")
         metrics = MetricsWriter(cfg.run.dir / "metrics.jsonl", accelerator, resume_step=progress.step)

@@ -1,10 +1,12 @@
 """Networks by name and by file, cut into pooled features and classifier; and their weight files."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -177,6 +179,15 @@ def list_of_layers(num_classes):
 
 def no_argument():
     return nn.Linear(12, 7)
+
+def seven():
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
+
+def other_classes():
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+
+def fails(num_classes):
+    return nn.Linear(12)
 """
 
 
@@ -197,7 +208,9 @@ def test_a_network_from_a_file(file: Path) -> None:
     [
         ("no_linear", ["Sequential", "no final nn.Linear with 7 outputs"]),
         ("list_of_layers", ["list_of_layers gives list", "torch.nn.Module"]),
-        ("no_argument", ["no_argument(num_classes=7) fails", "TypeError"]),
+        ("no_argument", ["one nn.Linear and nothing else"]),
+        ("other_classes", ["other_classes() takes no num_classes", "from nets import other_classes"]),
+        ("fails", ["fails(num_classes=7) fails", "TypeError"]),
         ("Too", ["no function 'Too'", "did you mean Two"]),
     ],
 )
@@ -205,6 +218,122 @@ def test_networks_of_a_file_that_do_not_fit(file: Path, function: str, says: lis
     with pytest.raises(ValueError) as error:
         models.build(f"{file}:{function}", classes=7)
     assert all(each in str(error.value) for each in says), error.value
+
+
+def test_a_function_without_num_classes_works_if_its_output_fits(file: Path) -> None:
+    check_cut(fresh(f"{file}:seven"), 2, 7)
+
+
+def test_modules_beside_a_file_can_be_imported_and_belong_to_it_alone(tmp_path: Path) -> None:
+    """Two repositories, both with a module `blocks` of their own; nothing of either stays importable."""
+    for name, width in (("one", 3), ("two", 5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "blocks.py").write_text(f"WIDTH = {width}\n")
+        (tmp_path / name / "net.py").write_text(
+            "from dataclasses import dataclass\nfrom torch import nn\nfrom blocks import WIDTH\n"
+            "@dataclass\nclass Size:\n    width: int = WIDTH\n"
+            "def net(num_classes):\n"
+            "    return nn.Sequential(nn.Flatten(), nn.Linear(12, Size().width), nn.Linear(WIDTH, num_classes))\n"
+        )
+    path, modules = list(sys.path), set(sys.modules)
+    assert [fresh(f"{tmp_path}/{name}/net.py:net").feature_dim for name in ("one", "two")] == [3, 5]
+    assert sys.path == path and "blocks" not in set(sys.modules) - modules
+
+
+# ---- networks without a classifier, and image sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "dim"),
+    [
+        ("timm:resnet18", 64, 512),
+        ("timm:vit_tiny_patch16_224", 224, 192),  # class token
+        ("timm:vit_tiny_patch16_224", 64, 192),  # at another size
+        ("timm:deit_tiny_distilled_patch16_224", 224, 192),  # class and distillation token
+        ("timm:resnetv2_50", 64, 2048),  # ends in a convolution
+        ("torchvision:resnet18", 64, 512),
+        ("torchvision:swin_t", 64, 768),
+        ("cifar:resnet8", 32, 64),
+    ],
+)
+def test_features_alone(name: str, size: int, dim: int) -> None:
+    model = models.build(name, classes=0, sizes=[size]).eval()
+    features, logits = model(torch.randn(2, 3, size, size))
+    assert features.shape == (2, dim) == (2, model.feature_dim) and logits.shape == (2, 0)
+
+
+def test_features_alone_are_those_before_the_classifier(tmp_path: Path) -> None:
+    """A checkpoint's classifier is left out, whatever its classes; all other tensors must be there."""
+    for name in ("timm:vit_tiny_patch16_224", "torchvision:resnet18"):
+        whole = fresh(name, 9)
+        torch.save({"state_dict": whole.original_state_dict()}, tmp_path / "x.pth")
+        model = models.build(name, classes=0, sizes=[224]).eval()
+        weights.load_into(model, tmp_path / "x.pth", what="teacher")
+        images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            torch.testing.assert_close(model.features(images), whole.features(images), rtol=0, atol=0)
+        tensors = whole.original_state_dict()
+        tensors.pop(next(iter(tensors)))
+        torch.save(tensors, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match="1 tensors missing, 0 unexpected"):
+            weights.load_into(model, tmp_path / "x.pth", what="teacher")
+
+
+def test_features_of_a_files_network_without_classifier(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def features(): return nn.Sequential(nn.Conv2d(3, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        "def pixels(): return nn.Conv2d(3, 5, 1)\n"
+    )
+    assert models.build(f"{tmp_path}/net.py:features", classes=0, sizes=[8]).feature_dim == 5
+    with pytest.raises(ValueError, match=r"pixels gives \[1, 5, 8, 8\] without a classifier"):
+        models.build(f"{tmp_path}/net.py:pixels", classes=0, sizes=[8])
+
+
+@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "timm:swin_tiny_patch4_window7_224"])
+def test_transformers_of_timm_take_other_sizes_with_the_same_weights(name: str, tmp_path: Path) -> None:
+    """What is trained at 64 px loads strictly into the network as timm builds it for 224 px, and the other way."""
+    model = models.build(name, classes=7, sizes=[64, 96]).train()
+    models.check_sizes(model, name, [64, 96], "student.image_size")
+    assert model.training
+    plain(name).load_state_dict(model.original_state_dict(), strict=True)
+    weights.save(tmp_path / "x.safetensors", plain(name).state_dict())
+    weights.load_into(model, tmp_path / "x.safetensors")
+
+
+def test_a_size_that_a_network_does_not_take_is_one_line_with_its_key(digits: Digits, tmp_path: Path) -> None:
+    for name, says in (
+        ("torchvision:vit_b_16", "Expected 224 but got 32"),
+        ("timm:vit_tiny_patch16_224", "divisible by patch size"),
+    ):
+        size = 32 if "torchvision" in name else 24
+        student = {"model": name, "image_size": size}
+        ran = run_program("fastdcd/train.py", "--config", digits.file(tmp_path / "x.yaml", student=student))
+        assert ran.code == 2 and ran.err.count("\n") == 1, ran.err
+        assert f"student.image_size: got {size}" in ran.err and says in ran.err
+    assert not (tmp_path / "run").exists()
+
+
+# What is known of a published checkpoint's preprocessing is in its library: ours must be the same for every one.
+
+
+def test_normalisation_is_every_librarys_own() -> None:
+    """torchvision's Inception networks normalise once more inside, where it loads their weights itself: ours is both
+    steps in one."""
+    for name in torchvision.models.list_models(module=torchvision.models):
+        transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()  # type: ignore[attr-defined]
+        mean, std = list(transforms.mean), list(transforms.std)
+        if name in ("googlenet", "inception_v3"):
+            network = torchvision.models.get_model(name, weights=None, init_weights=False, transform_input=True)
+            shift, scale = network._transform_input(torch.stack([torch.zeros(3), torch.ones(3)])[..., None, None])
+            scale = scale - shift  # x -> shift + scale x, a channel each
+            mean = [m - s * float(a / b) for m, s, a, b in zip(mean, std, shift, scale, strict=True)]
+            std = [s / float(b) for s, b in zip(std, scale, strict=True)]
+        ours = models.preprocessing(f"torchvision:{name}")
+        assert np.allclose(ours, (mean, std), atol=1e-6), name
+    for name in timm.list_models(pretrained=True):
+        settings = timm.get_pretrained_cfg(name)
+        assert models.preprocessing(f"timm:{name}") == (settings.mean, settings.std), name
 
 
 def test_files_that_do_not_work(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastdcd import weights
+from fastdcd import models, weights
 from pipelines.files import Lock, explain_full_disk, replace_file, write_json
 
 FORMAT = "fastdcd-cache-1"
@@ -213,7 +213,8 @@ class TeacherCache:
         if not tensors or self._classifier_digest not in ("", weights.digest(tensors)):
             raise ValueError(f"{path}: missing or damaged; write it again: tools/cache_teacher.py fill --repair")
         classes, dim = tensors["weight"].shape
-        layer = nn.Linear(dim, classes).requires_grad_(False)
+        layer = nn.Linear(dim, classes) if classes else models.no_outputs(dim)  # features alone
+        layer.requires_grad_(False)
         layer.load_state_dict(tensors)
         return layer
 

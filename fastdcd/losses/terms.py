@@ -47,6 +47,7 @@ class LossTerm(nn.Module):
             field has a default. Its __post_init__ may raise ValueError, "KEY: got ..., expected ...".
         logged: key in metrics.jsonl -> title and unit in reports, for each of the named parts.
         needs_teacher: whether it reads the teacher's outputs.
+        needs_teacher_logits: whether it reads the teacher's logits: a teacher without classifier has none.
         trains_classifier: whether its gradient reaches the student's classifier. One such term must be on.
         pairwise: whether its work grows with the square of the batch.
     """
@@ -56,6 +57,7 @@ class LossTerm(nn.Module):
     Settings: ClassVar[type] = NoSettings
     logged: ClassVar[Mapping[str, tuple[str, str]]] = {}
     needs_teacher: ClassVar[bool] = True
+    needs_teacher_logits: ClassVar[bool] = True
     trains_classifier: ClassVar[bool] = False
     pairwise: ClassVar[bool] = False
 
@@ -81,7 +83,7 @@ class CrossEntropy(LossTerm):
     title = "cross-entropy"
     default = 1.0
     logged: ClassVar = {"ce": ("Cross-entropy", "nats")}
-    needs_teacher = False
+    needs_teacher = needs_teacher_logits = False
     trains_classifier = True
     settings: Settings
 
@@ -155,6 +157,7 @@ class DCD(LossTerm):
         "dcd_consist": ("DCD, consistency", "nats"),
         "tau": ("Temperature tau", ""),
     }
+    needs_teacher_logits = False
     pairwise = True
     settings: Settings
 
