@@ -51,8 +51,10 @@ class Data:
     """A file of class names in label order, for folders; without it, sorted folder names."""
     on_decode_error: Literal["raise", "skip_and_report"] = "raise"
     """raise: an image that cannot be decoded ends the run. skip_and_report: it is shown black and named once."""
-    hw_decoder_load: Fraction = 0.65
-    """dali on a GPU: share of JPEGs for its JPEG engine, which decodes whole images; 0: only the boxes are decoded."""
+    hw_decoder_load: Fraction | None = None
+    """dali on a GPU: share of each batch's JPEGs for the JPEG engine; CUDA kernels, fed by CPU cores, decode the rest.
+    The two differ in some pixels, and the batch decides who decodes what: so with teacher.mode cached or fill it must
+    be 0, which is their default. Elsewhere the default is DALI's, 0.65."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +168,9 @@ class Cache:
     """Compare each view with its checksums before its first epoch: the next one's while this one trains."""
     allow_backend: tuple[str, ...] = ()
     """Pairs such as "ffcv->dali": read a cache filled through the first while training with the second."""
+    allow_environment: bool = False
+    """Read a cache filled with other versions of the decoding libraries, on another device, or with another
+    train.tf32. The live check says how far the features agree."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +252,9 @@ class Train:
     max_steps: Count = 0
     """Stop after this many steps, for a quick try; 0: no limit. The schedule does not change."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    tf32: bool = True
+    """On a GPU: convolutions of fp32 networks in TF32 (10 bits of mantissa), as is torch's default. False: in full
+    fp32, several times slower. Matrix products, and so all losses, are never in TF32."""
     compile: bool = False
     """torch.compile the student."""
     accumulate: Positive = 1

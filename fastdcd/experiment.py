@@ -33,6 +33,9 @@ from pipelines.views import FAMILIES, ViewFamily
 _DDP = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
 
 
+PCI = Path("/sys/bus/pci/devices")  # what Linux says of each
+
+
 def make_accelerator(config: Config) -> Accelerator:
     """Accelerate, set up for a config; seeds torch's generators (run.seed)."""
     device = config.data.device
@@ -43,6 +46,9 @@ def make_accelerator(config: Config) -> Accelerator:
     precision = "no" if config.train.precision == "fp32" else config.train.precision
     if precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
         raise ValueError("train.precision: fp16 needs a GPU (its gradients are scaled there); use bf16 or fp32")
+    torch.backends.cudnn.allow_tf32 = config.train.tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True  # every epoch has images of one size, and so one choice of algorithms
     timeout = timedelta(seconds=config.train.timeout)
     _rejoin(timeout)
     accelerator = Accelerator(
@@ -53,7 +59,25 @@ def make_accelerator(config: Config) -> Accelerator:
         kwargs_handlers=[_DDP, InitProcessGroupKwargs(timeout=timeout)],
     )
     set_seed(config.run.seed)
+    _stay_near(accelerator.device)
     return accelerator
+
+
+def _stay_near(device: torch.device) -> None:
+    """Keep this process, and the workers it will start, on the cores of the GPU's own NUMA node: several processes of
+    a machine would otherwise read each other's memory across the node boundary."""
+    if device.type != "cuda" or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < 2:
+        return
+    gpu: Any = torch.cuda.get_device_properties(device)  # torch's annotations lack its address
+    address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+    said = PCI / address / "local_cpulist"  # as 0-15,64-79
+    near: set[int] = set()
+    for part in said.read_text().strip().split(",") if said.is_file() else []:
+        first, _, last = part.partition("-")
+        if first:
+            near.update(range(int(first), int(last or first) + 1))
+    if near := near & os.sched_getaffinity(0):
+        os.sched_setaffinity(0, near)
 
 
 def _rejoin(timeout: timedelta) -> None:
@@ -73,7 +97,8 @@ def _rejoin(timeout: timedelta) -> None:
 def open_data(config: Config, accelerator: Accelerator) -> tuple[Loader, Loader]:
     """The training and validation loaders. Raises ValueError if they cannot be read or their classes differ."""
     with accelerator.main_process_first():  # the first process indexes, the others find the index
-        train = open_set(config.data, config.data.train, accelerator.device, "data.train")
+        caches = config.teacher.mode in ("cached", "fill")
+        train = open_set(config.data, config.data.train, accelerator.device, "data.train", repeatable=caches)
         val = open_set(config.data, config.data.val, accelerator.device, "data.val")
     if train.index.classes != val.index.classes:
         ours, theirs = set(train.index.classes), set(val.index.classes)
@@ -87,14 +112,16 @@ def open_data(config: Config, accelerator: Accelerator) -> tuple[Loader, Loader]
     return train, val
 
 
-def open_set(section: Data, path: Path, device: torch.device, key: str) -> Loader:
-    """One dataset by the backend of a config; errors name the config key."""
+def open_set(section: Data, path: Path, device: torch.device, key: str, *, repeatable: bool = False) -> Loader:
+    """One dataset by the backend of a config; errors name the config key. A cache needs `repeatable` pixels."""
     options = LoaderOptions(
         workers=section.workers,
         device=device,
         classes=read_classes(section.classes) if section.classes else None,
         index_cache=user_cache(),
         on_decode_error=section.on_decode_error,
+        repeatable=repeatable,
+        # evaluation may use the engine even where training may not
         hw_decoder_load=section.hw_decoder_load,
     )
     try:

@@ -6,7 +6,7 @@ The train loop asks for the `ModelOutput` of each batch and does not know which 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fastdcd import teacher as teachers
-from fastdcd.cache.store import CacheMismatch, Manifest, TeacherCache
+from fastdcd.cache.store import ENVIRONMENT, CacheMismatch, Manifest, TeacherCache, different_environment
 from fastdcd.config import Config
 from fastdcd.models import ModelOutput
 from fastdcd.teacher import Teacher
@@ -300,8 +300,18 @@ def expected_manifest(config: Config, loader: Loader, family: ViewFamily, teache
             **{f"views.{key}": str(value) for key, value in views.describe(family).items()},
             "views.table": views.table_digest(family, config.views.seed, index.sizes),
             **{f"loader.{key}": value for key, value in loader.fingerprint.items()},
+            **_environment(config, loader, teacher),
         },
     )
+
+
+def _environment(config: Config, loader: Loader, teacher: Teacher) -> dict[str, str]:
+    """What decides features beside the config and the data; see Loader.environment."""
+    found = dict(loader.environment)
+    if config.teacher.precision == "fp32":
+        on_gpu = next(teacher.parameters()).is_cuda
+        found["tf32"] = "convolutions" if on_gpu and config.train.tf32 else "off"
+    return {f"{ENVIRONMENT}{name}": value for name, value in found.items()}
 
 
 def open_cache(config: Config, loader: Loader, family: ViewFamily, teacher: Teacher) -> TeacherCache:
@@ -311,7 +321,11 @@ def open_cache(config: Config, loader: Loader, family: ViewFamily, teacher: Teac
     """
     assert config.cache.path is not None
     cache = TeacherCache.open(config.cache.path)
-    cache.check(expected_manifest(config, loader, family, teacher), allow=config.cache.allow_backend)
+    cache.check(
+        expected_manifest(config, loader, family, teacher),
+        allow=config.cache.allow_backend,
+        allow_environment=config.cache.allow_environment,
+    )
     missing = [view for view in range(config.view_count) if not cache.complete(view)]
     if missing:
         raise ValueError(
@@ -344,16 +358,10 @@ def check_live(cache: TeacherCache, config: Config, loader: Loader, family: View
     live = teacher.features(batch.at(teacher.size).to(device))
     stored = cache.manifest.codec.decode(cache.read(view, ids).to(device))
     cosine = float(torch.nn.functional.cosine_similarity(live, stored).min())
-    crossed = cache.manifest.fingerprint.get("loader.backend") != loader.backend
+    crossed = _crossed(cache.manifest.fingerprint, loader.backend, _environment(config, loader, teacher))
     if crossed:
-        log.warning(
-            "cache filled through %s, read with %s: least cosine of %d rows %.4f",
-            cache.manifest.fingerprint.get("loader.backend"),
-            loader.backend,
-            count,
-            cosine,
-        )
-    # another decoder's pixels are not the cached ones; the user allowed it and sees by how much they differ
+        log.warning("cache filled %s: least cosine of %d rows %.4f", crossed, count, cosine)
+    # another decoder's pixels are not the cached ones; the user allowed it and sees how far they agree
     floor = 0.9 if crossed else cache.manifest.codec.cosine
     if not cosine >= floor:
         raise CacheMismatch(
@@ -361,3 +369,11 @@ def check_live(cache: TeacherCache, config: Config, loader: Loader, family: View
             f"{cosine:.4f}, expected at least {floor}); fill the cache again"
         )
     return cosine
+
+
+def _crossed(stored: Mapping[str, str], backend: str, environment: Mapping[str, str]) -> str:
+    """How a cache was filled otherwise than this run would, as far as that was allowed; "" if it was not."""
+    if stored["loader.backend"] != backend:
+        return f"through {stored['loader.backend']}, read with {backend}"
+    different = different_environment(stored, environment)
+    return ", ".join(f"with {name} {old}, read with {new}" for name, old, new in different)

@@ -73,8 +73,12 @@ class LoaderOptions:
             shown black under its own label and id, a warning names it once, and Loader.undecodable keeps it.
             The batch keeps its rows, so that ranks stay in step and cached teacher rows stay aligned.
         replays: the backend whose batches `replay` repeats; set from its name, as in replay:torch.
-        hw_decoder_load: share of JPEGs for the GPU's JPEG engine, which decodes whole images, 0 to 1; the others
-            are decoded by CUDA kernels. 0: only the part around the box is decoded, by kernels. DALI on a GPU only.
+        repeatable: a sample's pixels must not depend on the batch around it, bit for bit: a teacher cache stores
+            features of them. A backend that cannot promise it raises ValueError when opened.
+        hw_decoder_load: share of each batch's JPEGs for the GPU's JPEG engine, 0 to 1; CUDA kernels decode the
+            others, and the two decoders do not agree in every pixel. Which of them an image meets depends on its
+            batch, so only 0 (kernels alone) is repeatable. None: 0 if `repeatable`, else DALI's own default,
+            0.65. DALI on a GPU only.
     """
 
     workers: int = 2
@@ -83,7 +87,8 @@ class LoaderOptions:
     index_cache: Path | None = None
     on_decode_error: Literal["raise", "skip_and_report"] = "raise"
     replays: str = ""
-    hw_decoder_load: float = 0.65
+    repeatable: bool = False
+    hw_decoder_load: float | None = None
 
 
 class Loader(ABC):
@@ -102,6 +107,12 @@ class Loader(ABC):
     @abstractmethod
     def fingerprint(self) -> Mapping[str, str]:
         """The backend and each of its settings that can change a pixel, for a teacher cache's fingerprint."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What decides pixels beside the settings: versions of the decoding libraries, the device. A cache of another
+        environment is read only if that is allowed."""
+        return {}
 
     @abstractmethod
     def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:

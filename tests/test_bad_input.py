@@ -1,5 +1,6 @@
 """A newcomer's mistakes: each ends with one clear line, exit code 2, and nothing lost."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from conftest import BOTH, Digits, run_program
 from PIL import Image
 
 from fastdcd import models, weights
+from pipelines.loaders.resident_loader import ResidentLoader
 
 TRAIN, CACHE, CONVERT = "fastdcd/train.py", "tools/cache_teacher.py", "tools/convert.py"
 Sections = dict[str, dict[str, Any]]
@@ -214,6 +216,33 @@ def test_a_named_backend_pair_is_allowed(digits: Digits, cache: Path, tmp_path: 
     )
     ran = run_program(TRAIN, "--config", file)
     assert ran.code == 0 and "least cosine" in ran.err, ran
+
+
+def test_a_cache_of_another_environment_needs_a_word(
+    digits: Digits, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions and device, not the config, decide some pixels: both are named, and the live check is the way on."""
+    manifest = json.loads((cache / "manifest.json").read_text())
+    noted = {name: value for name, value in manifest["fingerprint"].items() if name.startswith("environment.")}
+    assert noted == {"environment.device": "cpu", "environment.tf32": "off"}
+    file = digits.file(tmp_path / "x.yaml", **{**CACHED, "cache": {"path": str(cache)}, "train": {"max_steps": 1}})
+    before = snapshot(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(ResidentLoader, "environment", {"device": "another", "decoder": "new to this run"})
+        says = ["filled with device = cpu, this run has another", "cache.allow_environment=true"]
+        fails(TRAIN, "--config", file, says=says)
+        fails(CACHE, "fill", "--config", file, says=says)
+        ran = run_program(TRAIN, "--config", file, "--set", "cache.allow_environment=true")
+        assert ran.code == 0 and "with device cpu, read with another: least cosine of 16 rows 1.0000" in ran.err
+    assert snapshot(cache) == before
+    # a cache that was filled before the environment was noted
+    older = {name: value for name, value in manifest["fingerprint"].items() if name not in noted}
+    (cache / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": older}))
+    try:
+        ran = run_program(TRAIN, "--config", file, "--set", f"run.dir={tmp_path / 'older'}")
+        assert ran.code == 0 and "cosine" not in ran.err, ran.err
+    finally:
+        (cache / "manifest.json").write_text(json.dumps(manifest))
 
 
 # ---- places to write

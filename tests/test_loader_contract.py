@@ -643,3 +643,81 @@ def test_ffcv_compiles_once_for_all(loader: Loader, case: Case) -> None:
 def test_an_unknown_backend_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got 'pillow'"):
         open_loader("pillow", tmp_path, LoaderOptions())
+
+
+# ---- DALI on a GPU: its real graph, without one
+
+
+class _Graph(Exception):
+    """The outputs of a pipeline that would be built."""
+
+
+def decoders_on_a_gpu(path: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> dict[str, str]:
+    """The operators that decode, and their arguments, as DALI would get them for batches of `path`."""
+    if importlib.util.find_spec("nvidia.dali") is None:
+        absent("DALI is not installed")
+    from nvidia import dali
+
+    def stop(pipe: object, *outputs: object) -> None:
+        raise _Graph(outputs)
+
+    monkeypatch.setattr(dali.Pipeline, "set_outputs", stop)
+    device = torch.device("cuda", 0)
+    with open_loader("dali", path, LoaderOptions(device=device, **options)) as loader:  # type: ignore[arg-type]
+        monkeypatch.setattr(loader._dali.backend, "ReleaseUnusedMemory", lambda: None)  # type: ignore[attr-defined]
+        plan = EpochPlan(
+            index=loader.index,
+            family=RandomResizedCrop(),
+            view_seed=0,
+            view=0,
+            order=np.arange(len(loader.index)),
+            batch_size=8,
+        )
+        with pytest.raises(_Graph) as caught:
+            next(loader.epoch(plan.for_rank((32, 64))))
+        found: dict[str, str] = {"fingerprint": loader.fingerprint["decode"]}
+    waiting = list(caught.value.args[0])
+    while waiting:
+        operator = waiting.pop().source
+        spec = str(operator.spec)
+        if "decoders" in spec.splitlines()[0]:
+            found[spec.splitlines()[0]] = spec
+        waiting += [
+            node for inputs in operator.inputs for node in (inputs if isinstance(inputs, list) else [inputs])
+        ]
+    return found
+
+
+def test_a_decoder_chosen_by_the_batch_never_meets_a_cache(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, load, decode in [
+        ({"repeatable": True}, "hw_decoder_load: 0.000000", "gpu, by kernels"),
+        ({"hw_decoder_load": 0.0}, "hw_decoder_load: 0.000000", "gpu, by kernels"),
+        ({}, "hw_decoder_load: 0.650000", "gpu, 0.65 by the engine"),
+        ({"hw_decoder_load": 1.0}, "hw_decoder_load: 1.000000", "gpu, 1 by the engine"),
+    ]:
+        found = decoders_on_a_gpu(photos, monkeypatch, **options)
+        assert found.pop("fingerprint") == decode
+        assert list(found) == ["OpSpec for decoders__Image:"], "regions crash in nvImageCodec 0.9 on a GPU"
+        (spec,) = found.values()
+        assert load in spec and "device: mixed" in spec and "jpeg_fancy_upsampling: True" in spec
+        assert ("preallocate_height_hint: 0" in spec or "preallocate_height_hint" not in spec) == ("0.000" in load)
+    for share in (0.65, 1.0):
+        with pytest.raises(ValueError, match="same in every batch"):
+            options = LoaderOptions(device=torch.device("cuda", 0), repeatable=True, hw_decoder_load=share)
+            open_loader("dali", photos, options)
+    cpu = LoaderOptions(repeatable=True, hw_decoder_load=0.65)  # an engine is not asked on the CPU
+    with open_loader("dali", photos, cpu) as loader:
+        assert loader.fingerprint["decode"] == "cpu"
+
+
+def test_every_loader_notes_what_decodes(case: Case) -> None:
+    wanted = {
+        "torch": {"torchvision", "pillow"},
+        "resident": {"device"},
+        "ffcv": {"libjpeg-turbo"},
+        "dali": {"dali", "nvidia-nvimgcodec"},
+    }
+    with case.open() as loader:
+        assert loader.environment.keys() == wanted[case.backend]
+        for name, value in loader.environment.items():
+            assert re.fullmatch(r"cpu|\d+(\.\d+)+", value), (name, value)

@@ -53,7 +53,9 @@ def open_parts(config: Config) -> Parts:
         raise ValueError("teacher.mode and cache.path must be set to fill a cache; set both in the config")
     accelerator = experiment.make_accelerator(config)
     with accelerator.main_process_first():
-        loader = experiment.open_set(config.data, config.data.train, accelerator.device, "data.train")
+        loader = experiment.open_set(
+            config.data, config.data.train, accelerator.device, "data.train", repeatable=True
+        )
     # always chunks of the whole batch size, whatever the number of processes: the bytes stay the same
     teacher = experiment.build_teacher(config, len(loader.index.classes), accelerator, processes=1)
     assert teacher is not None

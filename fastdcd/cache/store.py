@@ -35,6 +35,7 @@ from fastdcd import models, weights
 from pipelines.files import Lock, explain_full_disk, replace_file, write_json
 
 FORMAT = "fastdcd-cache-1"
+ENVIRONMENT = "environment."  # begins the names of what of the machine, not of the config, decides features
 BLOCK_ROWS = 1024
 _LOAD_ROWS = 1 << 14  # rows that `load` holds in host memory at a time
 # The header of a view's .npy is padded to a page, so that rows of 4096 bytes are one page each, not parts of two.
@@ -112,6 +113,15 @@ class Manifest:
         return self.rows * (self.row_bytes + 1) + 4 * -(-self.rows // BLOCK_ROWS)
 
 
+def different_environment(stored: Mapping[str, str], wanted: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Name and both values of what differs between the environments in two fingerprints, as far as both know it."""
+    return [
+        (name.removeprefix(ENVIRONMENT), stored[name], value)
+        for name, value in wanted.items()
+        if name.startswith(ENVIRONMENT) and stored.get(name, value) != value
+    ]
+
+
 class CacheMismatch(ValueError):
     """A cache is of something else: another teacher, dataset, view family, seed or backend."""
 
@@ -178,20 +188,28 @@ class TeacherCache:
         )
         return cache
 
-    def check(self, expected: Manifest, *, allow: tuple[str, ...] = ()) -> None:
+    def check(self, expected: Manifest, *, allow: tuple[str, ...] = (), allow_environment: bool = False) -> None:
         """Compare with what this run would fill. Raises CacheMismatch that names both values.
 
         A cache may have more views than are asked for. `allow` lists backend pairs "FROM->TO" that may
-        differ in their backend and its settings.
+        differ in their backend and its settings. The environment is compared as far as both know it: caches
+        filled before it was noted open as ever.
         """
         mine, theirs = self.manifest, expected
         for name in ("rows", "dim", "dtype"):
             self._compare(name, getattr(mine, name), getattr(theirs, name))
         if mine.views < theirs.views:
             self._compare("views", mine.views, theirs.views)
+        if not allow_environment:
+            for name, stored, wanted in different_environment(mine.fingerprint, theirs.fingerprint):
+                raise CacheMismatch(
+                    f"{self.path}: the cache was filled with {name} = {stored}, this run has {wanted}: pixels or features "
+                    "may differ. Go back to that, fill another cache.path, or read it all the same with "
+                    "cache.allow_environment=true: the live check then says how far the features agree"
+                )
         pair = f"{mine.fingerprint.get('loader.backend')}->{theirs.fingerprint.get('loader.backend')}"
         for name in dict.fromkeys([*theirs.fingerprint, *mine.fingerprint]):
-            if name.startswith("loader.") and pair in allow:
+            if name.startswith(ENVIRONMENT) or (name.startswith("loader.") and pair in allow):
                 continue
             self._compare(name, mine.fingerprint.get(name), theirs.fingerprint.get(name))
 

@@ -221,6 +221,15 @@ def _decode_advice(profile: Profile) -> list[Advice]:
                 command=f"python tools/convert.py ffcv SRC {source} --max-size 256 --jpeg-share 0",
             )
         )
+    elif profile["about"]["teacher_mode"] in ("cached", "fill") and profile["about"]["device"] != "cpu":
+        advice.append(
+            Advice(
+                text="with cached features the GPU's JPEG engine must rest (docs/backends.md), and its kernels leave "
+                "Huffman decoding to the CPU: about a core for 700 to 1,000 images/s; without so many cores, take ffcv "
+                "with raw pixels, or smaller shards",
+                command="python tools/convert.py shards SRC OUT --max-size 256",
+            )
+        )
     return advice
 
 

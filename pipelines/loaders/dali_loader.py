@@ -1,8 +1,13 @@
 """The DALI executor: one pipeline for CPU and GPU, driven by the plan.
 
 Reads the shards of `tools/convert.py shards`, or an ImageFolder as it is. DALI decodes the part of an image that
-its boxes need, crops, and resizes; a mirrored image is resized from right to left, which costs nothing. On a GPU,
-decoding is shared by the JPEG engine and CUDA kernels.
+its boxes need, crops, and resizes; a mirrored image is resized from right to left, which costs nothing.
+
+On a GPU whole images are decoded and cut afterwards: decoding regions crashes in nvImageCodec 0.9 on some GPUs, and
+`decoders.image_slice` hands a share of the images to the JPEG engine whatever one wants (its hw_decoder_load is 0.65
+unless given). nvImageCodec sorts each batch by chroma subsampling and area and gives the first part to the engine, the
+rest to CUDA kernels; the two differ in some pixels. So a loader that must be repeatable uses the kernels alone. That
+costs CPU cores: kernels leave Huffman decoding to the CPU.
 
 What the JPEG decoders of CPU and GPU could see differently (CMYK, grayscale, PNG named .JPEG ...) is
 decoded here the way the torch executor does it and handed to DALI as plain pixels: all backends agree on
@@ -25,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines import versions
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
 from pipelines.files import path_of, read_file
 from pipelines.formats.shards import INDEX, ShardReader
@@ -36,10 +42,12 @@ from pipelines.plan import RankPlan
 Fetched = tuple[list[Encoded], list[DecodeError]]  # files for DALI, and what is wrong with those shown black
 Fetch = Callable[[NDArray[np.int64]], Fetched]
 
-# Values of a teacher cache's fingerprint: another wording would refuse every cache ever filled.
+# Values of a teacher cache's fingerprint: another wording would refuse every cache ever filled. ("0 by the engine" was
+# said of an earlier pipeline, whose engine took part all the same.)
 FINGERPRINT = {"backend": "dali", "resize": "triangular, antialiased, float32"}
-DECODE_CPU, DECODE_GPU = "cpu", "gpu, {:g} by the engine"
+DECODE_CPU, DECODE_GPU, DECODE_KERNELS = "cpu", "gpu, {:g} by the engine", "gpu, by kernels"
 
+ENGINE_SHARE = 0.65  # of a batch's JPEGs where nothing is cached; DALI's own default
 AHEAD = 2  # batches in the pipeline besides the one in use
 
 
@@ -112,6 +120,16 @@ class DALILoader(Loader):
         self._dali = _import_dali()
         self._labels = torch.from_numpy(index.labels)
         self._pipeline: _Pipeline | None = None
+        # memory for the JPEG engine is taken at once for a whole batch of these: a few huge originals must not decide
+        height, width = np.quantile(index.sizes, 0.95, axis=0).tolist() if len(index) else (0, 0)
+        self._usual_size = (round(height), round(width))
+        share = options.hw_decoder_load
+        self._engine_share = (0.0 if options.repeatable else ENGINE_SHARE) if share is None else share
+        if options.repeatable and self._engine_share and options.device.type == "cuda":
+            raise ValueError(
+                f"data.hw_decoder_load: got {share:g}, but cached features need a sample's pixels to be the same in every "
+                "batch, and the batch decides which images the JPEG engine decodes; set 0 (or leave it out)"
+            )
         # Samples that DALI must not see: pixels from here instead (None), or black because of an error.
         self._replaced: dict[int, DecodeError | None] = {}
 
@@ -135,10 +153,20 @@ class DALILoader(Loader):
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
-        gpu = self._options.device.type == "cuda"
-        # which decoder a JPEG goes to on the GPU depends on the share of the engine
-        decode = DECODE_GPU.format(self._options.hw_decoder_load) if gpu else DECODE_CPU
+        decode = DECODE_CPU
+        if self._options.device.type == "cuda":
+            decode = DECODE_GPU.format(self._engine_share) if self._engine_share else DECODE_KERNELS
         return {**FINGERPRINT, "decode": decode}
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        # DALI changed its default decoder between minor versions; odd files, decoded by torchvision, are too few to count
+        decoders = (
+            ("nvidia-nvimgcodec", "nvidia-nvjpeg")
+            if self._options.device.type == "cuda"
+            else ("nvidia-nvimgcodec",)
+        )
+        return {"dali": str(self._dali.__version__), **versions.installed(*decoders)}
 
     def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
         numbers = [number for number in range(rank_plan.batches) if len(rank_plan.ids[rank_plan.rows(number)])]
@@ -185,7 +213,8 @@ class DALILoader(Loader):
             sizes=tuple(each.size for each in rank_plan.crops),
             workers=max(self._options.workers, 1),
             device=self._options.device,
-            hw_decoder_load=self._options.hw_decoder_load,
+            hw_decoder_load=self._engine_share,
+            usual_size=self._usual_size,
             exact=_exact(rank_plan, self.index.sizes),
         )
         if self._pipeline is not None and self._pipeline.shape != shape:
@@ -349,6 +378,7 @@ class _Shape:
     Attributes:
         batch_size, sizes: of the Work.
         workers, device, hw_decoder_load: see LoaderOptions.
+        usual_size: height and width that hardly any image exceeds: the GPU's decoder prepares for them.
         exact: every image is decoded to exactly the box of all its renderings; otherwise boxes are cut out of
             what was decoded, and filled up with black.
     """
@@ -358,6 +388,7 @@ class _Shape:
     workers: int
     device: torch.device
     hw_decoder_load: float
+    usual_size: tuple[int, int]
     exact: bool
 
 
@@ -377,6 +408,7 @@ class _Pipeline:
             device_id=device_id,
             prefetch_queue_depth=AHEAD,
             exec_dynamic=True,  # every batch has memory of its own
+            set_affinity=self._gpu,  # its threads run on cores near the GPU, of those that the process may use
         )
         with self._pipe:
             self._pipe.set_outputs(*self._graph())
@@ -396,9 +428,12 @@ class _Pipeline:
         # jpeg_fancy_upsampling: chroma as the CPU decoders interpolate it
         decode = {"output_type": types.RGB, "adjust_orientation": False}
         if self._gpu:
+            height, width = self.shape.usual_size
             decode |= {"device": "mixed", "jpeg_fancy_upsampling": True}
-        if self._gpu and self.shape.hw_decoder_load:  # the engine decodes whole images
-            image = fn.decoders.image(files, hw_decoder_load=self.shape.hw_decoder_load, **decode)
+            decode |= {"hw_decoder_load": self.shape.hw_decoder_load}
+            if self.shape.hw_decoder_load:
+                decode |= {"preallocate_height_hint": height, "preallocate_width_hint": width}
+            image = fn.decoders.image(files, **decode)
             image = fn.slice(image, start=start, shape=shape, axis_names="HW")
         else:
             image = fn.decoders.image_slice(files, start=start, shape=shape, axis_names="HW", **decode)

@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines import versions
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
 from pipelines.files import map_file, memory_bytes, will_need
 from pipelines.formats.beton import BetonLayout, import_ffcv, index_folder, read_layout
@@ -79,6 +80,10 @@ class FFCVLoader(Loader):
     def fingerprint(self) -> Mapping[str, str]:
         # of the encoded lengths: another JPEG quality is another data set
         return {**FINGERPRINT, "stored": self._stored}
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return {"libjpeg-turbo": versions.loaded_turbojpeg()}  # the rest is our own kernel
 
     def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
         from pipelines.loaders.ffcv_kernel import render_samples  # compiles, or loads what was compiled

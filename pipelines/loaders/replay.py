@@ -40,6 +40,10 @@ class ReplayLoader(Loader):
     def fingerprint(self) -> Mapping[str, str]:
         return {**self._loader.fingerprint, "replayed": str(self._kept)}
 
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return self._loader.environment
+
     def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
         shape = (rank_plan.batch_size, *(each.size for each in rank_plan.crops))
         if shape != self._shape or not self._batches:

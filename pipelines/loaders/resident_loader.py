@@ -64,6 +64,10 @@ class ResidentLoader(Loader):
     def fingerprint(self) -> Mapping[str, str]:
         return FINGERPRINT
 
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return {"device": self._device.type}  # resizing sums in another order on a GPU
+
     def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
         views = [self._prepare(each) for each in rank_plan.crops]
         ids = torch.from_numpy(rank_plan.ids)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from pipelines import versions
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
 from pipelines.files import path_of, read_file
 from pipelines.image_folder import index_image_folder
@@ -65,6 +66,10 @@ class TorchLoader(Loader):
     @property
     def fingerprint(self) -> Mapping[str, str]:
         return FINGERPRINT
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return versions.installed("torchvision", "pillow")  # each brings its own libjpeg-turbo
 
     def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
         self._requests.rank_plan = rank_plan
