@@ -1,13 +1,18 @@
 """The GPU path, as far as a machine without one can show it; tests marked `cuda` run where there is one."""
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 
 from fastdcd import experiment
+from fastdcd.losses import dcd
 
 
 def test_processes_stay_on_their_gpus_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +38,34 @@ def test_processes_stay_on_their_gpus_cores(tmp_path: Path, monkeypatch: pytest.
     assert keep(1) == set(), "one process may use the whole machine"
     near.write_text("4-7\n")
     assert keep(2) == set(), "none of those that the process may use"
+
+
+# ---- Triton, compiled ahead of time
+
+# Shared memory that a block of threads may have, bytes (CUDA programming guide, compute capabilities).
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@pytest.mark.parametrize("dimensions", [128, 256])
+def test_triton_kernels_fit_and_spill_nothing(dimensions: int, tmp_path: Path) -> None:
+    """Compiled by the real compiler and assembler for GPUs that are not here, in the blocks that training takes."""
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+        "TRITON_INTERPRET": "0",
+    }
+    command = [sys.executable, ROOT / "tests/compile_triton.py", str(dimensions), *map(str, SHARED)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    lines = re.findall(r"(\w+) sm_(\d+) shared (\d+) registers (\d+) spilled (\d+) products (.+)", ran.stdout)
+    assert len(lines) == 2 * len(SHARED), ran.stdout
+    for kernel, target, shared, registers, spilled, products in lines:
+        assert int(shared) <= SHARED[int(target)], (kernel, target, shared)
+        assert int(registers) <= 255 and int(spilled) == 0, (kernel, target, registers, spilled)
+        if dimensions == 128 and target == "90":
+            assert products == "wgmma", "the fast tensor-core instruction of a Hopper GPU"
+
+
+def test_triton_leaves_larger_embeddings_to_tiles() -> None:
+    assert dcd.fastest("cuda", 65536, 256) == "triton" and dcd.fastest("cuda", 65536, 257) == "tiled"

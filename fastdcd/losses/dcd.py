@@ -33,6 +33,9 @@ from fastdcd.losses.tiled import Rows, Sums
 # Forms with a backward pass of their own: modules with sums(rows) and gradients(rows, sums, alpha).
 ENGINES = {"tiled": "fastdcd.losses.tiled", "triton": "fastdcd.losses.triton_kernels"}
 
+# More need more shared memory and registers than a block of threads has (fastdcd.losses.triton_kernels).
+TRITON_DIMENSIONS = 256
+
 # Device -> (rows up to which a form is taken, form), measured by benchmarks/fused_loss.py.
 FASTEST: dict[str, list[tuple[float, str]]] = {
     "cpu": [(384, "naive"), (math.inf, "tiled")],
@@ -74,7 +77,7 @@ def dcd(
     capacity = len(z_s) if processes == 1 else math.ceil(divisor - 1e-6)
     if processes * capacity == 1:
         warnings.warn("DCD of a single row is 0: it has no negatives to tell it from", stacklevel=2)
-    chosen = fastest(z_s.device.type, processes * capacity) if form == "auto" else form
+    chosen = fastest(z_s.device.type, processes * capacity, z_s.shape[1]) if form == "auto" else form
     if chosen in WHOLE and (processes > 1 or not len(z_s)):
         if form != "auto" and processes > 1:
             raise ValueError(
@@ -90,9 +93,10 @@ def dcd(
     return reference.DCD(*_Fused.apply(z_s, z_t, tau, labels, alpha, divisor, place, _engine(chosen)))
 
 
-def fastest(device: str, rows: int) -> str:
-    """The form that was measured to be fastest for so many rows."""
-    return next(form for most, form in FASTEST.get(device, FASTEST["cuda"]) if rows <= most)
+def fastest(device: str, rows: int, dimensions: int = 128) -> str:
+    """The form that was measured to be fastest for so many rows, of those that take so many dimensions."""
+    form = next(form for most, form in FASTEST.get(device, FASTEST["cuda"]) if rows <= most)
+    return "tiled" if form == "triton" and dimensions > TRITON_DIMENSIONS else form
 
 
 def _engine(form: str) -> ModuleType:

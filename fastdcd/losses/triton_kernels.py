@@ -8,7 +8,7 @@ rows past it; the shares' partial results are then added, in a fixed order. The 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,10 +16,27 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from fastdcd.losses.dcd import TRITON_DIMENSIONS
 from fastdcd.losses.tiled import Rows, Sums
 
-# Not yet tuned on a GPU.
-BLOCK_ROWS, BLOCK_COLUMNS, WARPS, STAGES = 64, 64, 4, 2
+
+class Blocks(NamedTuple):
+    """How a kernel is cut up: rows that a program owns, rows that pass it at a time, warps, stages of its loads."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def blocks_of_sums(dimensions: int) -> Blocks:
+    """For rows of so many dimensions."""
+    return Blocks(64, 32, 4, 2)
+
+
+def blocks_of_gradients(dimensions: int) -> Blocks:
+    """Those that spill no register from sm_80 to sm_100 (tests/test_gpu.py compiles them); not yet timed on a GPU."""
+    return Blocks(64, 32, 8, 2) if dimensions <= 128 else Blocks(32, 32, 8, 2)
 
 
 @triton.jit
@@ -156,30 +173,36 @@ def _gradients(
 
 def sums(rows: Rows) -> Sums:
     """`Sums` of this process's rows, float32."""
-    shares = _shares(rows)
+    blocks = blocks_of_sums(rows.z_s.shape[1])
+    shares = _shares(rows, blocks)
     parts = rows.z_s.new_empty(shares, 4, rows.count, dtype=torch.float32)
-    _launch(_sums, rows, shares, parts)
+    _launch(_sums, rows, blocks, shares, parts)
     R, C, T, matched = parts.sum(0)
     return Sums(R, C, T / (C + matched), matched)
 
 
 def gradients(rows: Rows, of_all: Sums, alpha: float) -> tuple[Tensor, Tensor]:
     """d(sum of all processes' row losses) / d(z_s, z_t) of this process's rows, [n, D] each, float32."""
-    shares = _shares(rows)
+    blocks = blocks_of_gradients(rows.z_s.shape[1])
+    shares = _shares(rows, blocks)
     d_s, d_t = rows.z_s.new_empty(2, shares, rows.count, rows.z_s.shape[1], dtype=torch.float32)
     of_all = Sums(*(each.float() for each in of_all))
     known = (of_all.R, of_all.C, of_all.T.contiguous(), of_all.G_diagonal(alpha))
-    _launch(_gradients, rows, shares, *known, d_s, d_t, alpha=alpha)
+    _launch(_gradients, rows, blocks, shares, *known, d_s, d_t, alpha=alpha)
     return d_s.sum(0) * rows.tau, d_t.sum(0) * rows.tau
 
 
-def _launch(kernel: Any, rows: Rows, shares: int, *outputs: Tensor, **scalars: float) -> None:
+def _launch(kernel: Any, rows: Rows, blocks: Blocks, shares: int, *outputs: Tensor, **scalars: float) -> None:
     if not rows.count:
         return
     if not (rows.z_s.is_cuda or knobs.runtime.interpret):
         raise ValueError("loss.form: triton runs on a GPU, and data.device is cpu; use auto or tiled")
     dim = rows.z_s.shape[1]
-    kernel[triton.cdiv(rows.count, BLOCK_ROWS), shares](
+    if dim > TRITON_DIMENSIONS:
+        raise ValueError(
+            f"loss.form: triton takes loss.feat_dim up to {TRITON_DIMENSIONS}, got {dim}; use auto or tiled"
+        )
+    kernel[triton.cdiv(rows.count, blocks.rows), shares](
         rows.z_s.bfloat16().contiguous(),
         rows.z_t.bfloat16().contiguous(),
         rows.groups,
@@ -191,17 +214,17 @@ def _launch(kernel: Any, rows: Rows, shares: int, *outputs: Tensor, **scalars: f
         dim=dim,
         **scalars,
         D=max(16, triton.next_power_of_2(dim)),
-        ROWS=BLOCK_ROWS,
-        COLUMNS=BLOCK_COLUMNS,
+        ROWS=blocks.rows,
+        COLUMNS=blocks.columns,
         GROUPS=rows.groups is not None,
         UPCAST=knobs.runtime.interpret,
-        num_warps=WARPS,
-        num_stages=STAGES,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
     )
 
 
-def _shares(rows: Rows) -> int:
+def _shares(rows: Rows, cut: Blocks) -> int:
     """Programs that share a block of rows, so that few rows still fill the device."""
-    blocks = triton.cdiv(max(rows.count, 1), BLOCK_ROWS)
+    blocks = triton.cdiv(max(rows.count, 1), cut.rows)
     processors = torch.cuda.get_device_properties(rows.z_s.device).multi_processor_count if rows.z_s.is_cuda else 4
     return max(1, min(8, processors // blocks))
