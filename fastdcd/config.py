@@ -159,7 +159,7 @@ class Cache:
     """How features are stored. uint8 keeps an offset and a step for each row."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where rows are looked up: host memory (mapped from disk), or a whole view at a time on the GPU. auto: on the
-    GPU if a view takes at most a quarter of its free memory."""
+    GPU if two views (the next one is loaded while one is trained with) take at most a quarter of its free memory."""
     views_a_pass: Positive = 4
     """Views that tools/cache_teacher.py fills at once: each image is decoded once for all of them."""
     check_rows: Count = 16

@@ -29,6 +29,11 @@ class GuardedOptimizer:
         self._own: Optimizer = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
         # torch's own sign, which GradScaler looks for
         self._step = self._told if getattr(self._own, "_step_supports_amp_scaling", False) else self._undone
+        if self._scaler is not None and self._step == self._undone:
+            raise ValueError(
+                f"train.precision: fp16 with optimizer {type(self._own).__name__}: loss scaling would wait for the device in "
+                "every step of it; use bf16, or optim.name sgd or adamw"
+            )
         self._skipped, self._in_a_row, self._most = torch.zeros(3, device=accelerator.device).unbind()
 
     def remember(self) -> None:

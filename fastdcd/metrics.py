@@ -44,13 +44,11 @@ class RunningMeans:
         process, [len(own)][processes], with one wait for the device. A mean over no steps is NaN."""
         values = {**self.on_device(), **others}
         count = accelerator.num_processes
-        each = torch.zeros(
-            len(own), count
-        )  # the mean of matrices that are zero but for one column holds all of them
-        each[:, accelerator.process_index] = torch.tensor(own) * count
-        vector = torch.cat(
-            [torch.stack([value.float() for value in values.values()]), each.flatten().to(accelerator.device)]
-        )
+        # the mean of matrices that are zero but for one column holds all of them
+        each = torch.zeros(len(own), count, device=accelerator.device)
+        for row, value in zip(each, own, strict=True):
+            row[accelerator.process_index].fill_(value * count)  # a copy from the host would be a second wait
+        vector = torch.cat([torch.stack([value.float() for value in values.values()]), each.flatten()])
         self._sums, self._steps = None, 0
         numbers = accelerator.reduce(vector, reduction="mean").tolist()
         of_processes = [numbers[len(values) + k * count :][:count] for k in range(len(own))]

@@ -18,11 +18,23 @@ _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Member(nn.Module):
-    """A network and the normalisation it expects: images uint8 [n, 3, H, W] -> pooled features [n, d]."""
+    """A network and the normalisation it expects: images uint8 [n, 3, H, W] -> pooled features [n, d].
+
+    Attributes:
+        digest: of the weights as they were given.
+    """
 
     def __init__(self, network: models.FeatureModel, normalize: models.Normalize) -> None:
         super().__init__()
         self.network, self.normalize = network, normalize
+        self.digest = weights.digest(network.original_state_dict())
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Hold the weights that autocast would cast to `dtype` in every pass (those that need no gradient are not
+        kept between passes) in it for good: the same features, bit for bit. The classifier stays as it is."""
+        for module in self.network.network.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                module.to(dtype)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network.features(self.normalize(images))
@@ -52,6 +64,9 @@ class Teacher(nn.Module):
         self.feature_dim, self.classes = self.classifier.in_features, self.classifier.out_features
         self.size, self.rows, self.precision = size, rows, precision
         self.eval().requires_grad_(False)
+        if (dtype := _AUTOCAST[precision]) is not None:
+            for member in self.members:
+                member.cast(dtype)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -140,9 +155,7 @@ def fingerprint(teacher: Teacher) -> dict[str, str]:
     normalizations = [member.normalize for member in teacher.members]
     return {
         "teacher.model": teacher.name,
-        "teacher.weights": " + ".join(
-            weights.digest(member.network.original_state_dict()) for member in teacher.members
-        ),
+        "teacher.weights": " + ".join(member.digest for member in teacher.members),
         "teacher.image_size": str(teacher.size),
         "teacher.mean": " + ".join(str([round(value, 6) for value in each.mean]) for each in normalizations),
         "teacher.std": " + ".join(str([round(value, 6) for value in each.std]) for each in normalizations),

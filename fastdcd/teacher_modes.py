@@ -23,6 +23,7 @@ from pipelines import views
 from pipelines.base import Batch, Loader
 from pipelines.files import Lock
 from pipelines.plan import EpochPlan
+from pipelines.prefetch import to_device
 from pipelines.views import ViewFamily
 
 log = logging.getLogger("fastdcd")
@@ -113,20 +114,32 @@ class CachedTeacher(NoTeacher):
         self.view = 0
         self.device, self.on_device = device, _held_on_device(cache, device, where)
         self.rows: Tensor | None = None  # the whole view, if it is held on the device
+        self._loads = ThreadPoolExecutor(1, "cache-load")
+        self._coming: dict[int, Future[Tensor]] = {}  # the view after this one, while this one is trained with
 
     def begin(self, view: int) -> int | None:
+        following = (view + 1) % self.view_count
         if self.checks:
             self.checks.wait(view)
-            self.checks.start((view + 1) % self.view_count)
-        if self.on_device and (self.rows is None or view != self.view):
-            self.rows = None  # its memory is free before the next view comes
-            self.rows = self.cache.load(view, self.device)
+            self.checks.start(following)
+        if self.on_device:
+            if self.rows is None or view != self.view:
+                self.rows = None  # its memory is free before more is taken
+                self.rows = self._load(view).result()
+                self._coming.clear()
+            if following != view and self.cache.complete(following):
+                self._load(following)
         self.view = view
         return None
 
+    def _load(self, view: int) -> Future[Tensor]:
+        if view not in self._coming:
+            self._coming[view] = self._loads.submit(self.cache.load, view, self.device)
+        return self._coming[view]
+
     def read_cached(self, ids: Tensor) -> Tensor | None:
         if self.rows is not None:
-            return self.rows[ids.to(self.device, non_blocking=True)]
+            return self.rows[to_device(ids, self.device) if self.rows.is_cuda else ids]
         return self.cache.read(self.view, ids, pin=self.device.type == "cuda")
 
     def outputs(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
@@ -167,7 +180,7 @@ def _held_on_device(cache: TeacherCache, device: torch.device, where: str) -> bo
     if where == "cpu" or device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
-    return where == "cuda" or cache.manifest.view_bytes < free / 4
+    return where == "cuda" or 2 * cache.manifest.view_bytes < free / 4  # the next view comes while one is in use
 
 
 class FillingTeacher(CachedTeacher):
@@ -180,11 +193,12 @@ class FillingTeacher(CachedTeacher):
         teacher: Teacher,
         accelerator: Accelerator,
         *,
+        where: str,
         verify: bool,
         lock: Lock | None,
     ) -> None:
         """`lock` is the first process's right to write."""
-        super().__init__(cache, view_count, accelerator.device, verify=verify)
+        super().__init__(cache, view_count, accelerator.device, where=where, verify=verify)
         self.online = OnlineTeacher(teacher)
         self.first = accelerator.is_main_process  # one process lays out and completes the files
         self.wait = accelerator.wait_for_everyone
@@ -192,10 +206,10 @@ class FillingTeacher(CachedTeacher):
         self._lock = lock
 
     def begin(self, view: int) -> int | None:
-        self.view = view
-        self.reading = self.cache.complete(self.view)
+        self.reading = self.cache.complete(view)
         if self.reading:
             return super().begin(view)
+        self.view, self.rows = view, None
         if self.first:
             self.cache.start(self.view)
         self.wait()
@@ -264,7 +278,15 @@ def _fill(
         TeacherCache.create(config.cache.path, manifest, teacher.classifier)
     accelerator.wait_for_everyone()
     cache = TeacherCache.open(config.cache.path)
-    return FillingTeacher(cache, config.view_count, teacher, accelerator, verify=config.cache.verify, lock=lock)
+    return FillingTeacher(
+        cache,
+        config.view_count,
+        teacher,
+        accelerator,
+        where=config.cache.device,
+        verify=config.cache.verify,
+        lock=lock,
+    )
 
 
 MODES: dict[str, Build] = {"online": _online, "cached": _cached, "fill": _fill}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -39,11 +40,29 @@ def prefetch(
     yield from _on_stream(batches, read_cached, device)
 
 
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU on which batches are made and copied, one for the life of the process: torch's allocator keeps
+    freed memory for the stream that it was made on, and what an earlier epoch's stream left would lie idle."""
+    return torch.cuda.Stream(device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a GPU that the host does not wait for, whatever memory it comes from."""
+    if not (tensor.is_cuda or tensor.is_pinned()):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def _on_stream(
     batches: Iterator[Batch], read_cached: Callable[[Tensor], Tensor | None], device: torch.device
 ) -> Generator[Item, None, None]:
     ready: queue.Queue[tuple[Item, torch.cuda.Event] | BaseException | None] = queue.Queue(DEPTH)
     stop = threading.Event()
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    stream = copy_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # a loader may hold its images on the device
 
     def put(item: tuple[Item, torch.cuda.Event] | BaseException | None) -> None:
         while not stop.is_set():
@@ -54,22 +73,20 @@ def _on_stream(
 
     def produce() -> None:
         try:
-            stream = torch.cuda.Stream(device)
-            for batch in batches:
-                with torch.cuda.stream(stream):
-                    rows = read_cached(batch.ids)
+            # A thread begins on GPU 0, and what it starts inherits that: DataLoader's pinning thread would make a
+            # context there in every process.
+            torch.cuda.set_device(device)
+            with torch.cuda.stream(stream):
+                for batch in batches:
+                    cached = read_cached(batch.ids)
                     moved = replace(
                         batch,
-                        images=tuple(image.to(device, non_blocking=True) for image in batch.images),
-                        labels=batch.labels.to(device, non_blocking=True),
+                        images=tuple(to_device(image, device) for image in batch.images),
+                        labels=to_device(batch.labels, device),
                     )
-                    if rows is not None:
-                        rows = (rows if rows.is_cuda or rows.is_pinned() else rows.pin_memory()).to(
-                            device, non_blocking=True
-                        )
-                put(((moved, rows), stream.record_event()))
-                if stop.is_set():
-                    break
+                    put(((moved, None if cached is None else to_device(cached, device)), stream.record_event()))
+                    if stop.is_set():
+                        break
             put(None)
         except BaseException as error:
             put(error)

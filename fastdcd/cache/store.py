@@ -19,7 +19,9 @@ import math
 import mmap
 import os
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,11 +35,13 @@ from torch import Tensor, nn
 
 from fastdcd import models, weights
 from pipelines.files import Lock, explain_full_disk, replace_file, write_json
+from pipelines.prefetch import copy_stream
 
 FORMAT = "fastdcd-cache-1"
 ENVIRONMENT = "environment."  # begins the names of what of the machine, not of the config, decides features
 BLOCK_ROWS = 1024
-_LOAD_ROWS = 1 << 14  # rows that `load` holds in host memory at a time
+_LOAD_ROWS = 1 << 14  # rows that `load` holds in pinned memory at a time
+_MOST_TRAVELLING = 8  # batches of rows between a GPU and the disk
 # The header of a view's .npy is padded to a page, so that rows of 4096 bytes are one page each, not parts of two.
 _PAGE = 4096
 
@@ -138,8 +142,9 @@ class TeacherCache:
         self._features: dict[int, NDArray[np.uint8]] = {}  # open for writing
         self._done: dict[int, NDArray[np.uint8]] = {}
         self._unmarked: list[tuple[int, NDArray[np.int64]]] = []  # rows written but not yet flushed
-        # rows on their way from a GPU: view, ids, pinned memory, and when they have arrived
-        self._travelling: tuple[int, Tensor, Tensor, torch.cuda.Event] | None = None
+        # rows from a GPU, stored by a thread when they have arrived
+        self._writer = ThreadPoolExecutor(1, "cache-write")
+        self._travelling: deque[Future[None]] = deque()
 
     # ---- opening
 
@@ -268,10 +273,15 @@ class TeacherCache:
 
     def load(self, view: int, device: torch.device) -> Tensor:
         """All rows uint8 [rows, row_bytes] of a complete view on `device`. Raises ValueError as `read` does."""
-        out = torch.empty(self.manifest.rows, self.manifest.row_bytes, dtype=torch.uint8, device=device)
-        rows = self._open(view)
-        for start in range(0, len(out), _LOAD_ROWS):
-            out[start : start + _LOAD_ROWS] = torch.from_numpy(rows.span(start, start + _LOAD_ROWS))
+        rows, shape = self._open(view), (self.manifest.rows, self.manifest.row_bytes)
+        if device.type != "cuda":
+            return torch.from_numpy(rows.span(0, len(rows.rows)))
+        # on the stream of batches, which looks rows up: it may run in a thread beside the training
+        with torch.cuda.device(device), torch.cuda.stream(copy_stream(device)):
+            out = torch.empty(shape, dtype=torch.uint8, device=device)
+            for start in range(0, len(out), _LOAD_ROWS):
+                chunk = torch.from_numpy(rows.span(start, start + _LOAD_ROWS)).pin_memory()
+                out[start : start + _LOAD_ROWS].copy_(chunk, non_blocking=True)
         return out
 
     def verify(self, view: int) -> list[range]:
@@ -340,22 +350,26 @@ class TeacherCache:
     def write(self, view: int, ids: Tensor, features: Tensor) -> None:
         """Store features float32 [n, d] of samples `ids` int64 [n] of a started view; see `flush`.
 
-        Rows from a GPU travel while it goes on working: they are stored by the next call, or by `flush`.
+        Rows from a GPU travel while it goes on working, and a thread stores them: an error of it is raised by a later
+        call, or by `flush`.
         """
         rows = self.manifest.codec.encode(features.float())
-        self._store_travelling()
-        if rows.is_cuda:
-            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
-            self._travelling = view, ids, host, torch.cuda.current_stream(rows.device).record_event()
-        else:
-            self._store(view, ids, rows)
+        if not rows.is_cuda:
+            return self._store(view, ids, rows)
+        host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
+        copied = torch.cuda.current_stream(rows.device).record_event()
+        self._travelling.append(self._writer.submit(self._store_arrived, view, ids, host, copied))
+        if len(self._travelling) > _MOST_TRAVELLING:  # the disk is slower than the teacher
+            self._travelling.popleft().result()
+        return None
+
+    def _store_arrived(self, view: int, ids: Tensor, rows: Tensor, copied: torch.cuda.Event) -> None:
+        copied.synchronize()
+        self._store(view, ids, rows)
 
     def _store_travelling(self) -> None:
-        if self._travelling is not None:
-            view, ids, rows, copied = self._travelling
-            self._travelling = None
-            copied.synchronize()
-            self._store(view, ids, rows)
+        while self._travelling:
+            self._travelling.popleft().result()
 
     def _store(self, view: int, ids: Tensor, rows: Tensor) -> None:
         """Rows uint8 [n, row_bytes], on the host, into the view's map."""

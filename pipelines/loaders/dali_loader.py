@@ -38,6 +38,7 @@ from pipelines.image_folder import index_image_folder, same_classes
 from pipelines.images import Encoded, Pixels, is_plain_jpeg, read_pixels
 from pipelines.index import DatasetIndex
 from pipelines.plan import RankPlan
+from pipelines.prefetch import copy_stream
 
 Fetched = tuple[list[Encoded], list[DecodeError]]  # files for DALI, and what is wrong with those shown black
 Fetch = Callable[[NDArray[np.int64]], Fetched]
@@ -413,7 +414,7 @@ class _Pipeline:
         with self._pipe:
             self._pipe.set_outputs(*self._graph())
         self._pipe.build()
-        self._stream = torch.cuda.Stream(shape.device) if self._gpu else None
+        self._stream = copy_stream(shape.device) if self._gpu else None
 
     def _graph(self) -> Iterator[Any]:
         fn, types = self._dali.fn, self._dali.types

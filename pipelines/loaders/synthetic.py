@@ -65,9 +65,12 @@ class SyntheticLoader(Loader):
         ]
         images = [each.to(self._device).permute(0, 3, 1, 2) for each in noise]
         ids = torch.from_numpy(rank_plan.ids)
+        device_ids = ids.to(self._device)  # once: ids from the host would make every batch wait for the device
         for number in range(rank_plan.batches):
-            rows = ids[rank_plan.rows(number)]
-            if len(rows):
+            rows = rank_plan.rows(number)
+            if count := len(ids[rows]):
                 yield Batch(
-                    images=tuple(each[: len(rows)] for each in images), labels=self._labels[rows], ids=rows
+                    images=tuple(each[:count] for each in images),
+                    labels=self._labels[device_ids[rows]],
+                    ids=ids[rows],
                 )
