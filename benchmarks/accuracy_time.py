@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
 
-import matplotlib
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -32,10 +31,6 @@ from benchmarks import record, training
 from benchmarks.training import append, lines
 from fastdcd import cli, config, config_file
 from fastdcd.cache import fill as filling
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 PLAIN = "no teacher"
 STUDENTS = {
@@ -232,6 +227,7 @@ def teacher_accuracy(arguments: argparse.Namespace) -> float:
 
 def chart(cells: dict[str, list[Cell]], lengths: list[int], teacher: float, unit: str, path: Path) -> None:
     """Accuracy over time, a line a student; a whisker from the lowest to the highest seed."""
+    plt = cli.pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for name, row in cells.items():
         times, top1 = [cell.time for cell in row], np.array([cell.top1 for cell in row])  # [lengths, seeds]
@@ -258,7 +254,7 @@ def chart(cells: dict[str, list[Cell]], lengths: list[int], teacher: float, unit
     figure.savefig(path, dpi=130)
 
 
-def dress(axes: Axes, cells: dict[str, list[Cell]], teacher: float) -> None:
+def dress(axes: Any, cells: dict[str, list[Cell]], teacher: float) -> None:
     """Axes, labels and the teacher's line."""
     axes.axhline(teacher, color="black", linewidth=0.8, linestyle=":")
     axes.annotate("teacher", (cells[PLAIN][0].time, teacher), (0, 3), textcoords="offset points", fontsize=9)

@@ -16,7 +16,6 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
 
-import matplotlib
 import numpy as np
 from tqdm import tqdm
 
@@ -26,9 +25,6 @@ from fastdcd.cache import fill as filling
 from fastdcd.teacher_modes import expected_manifest
 from fastdcd.train import train
 from pipelines.files import write_json
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 REUSED, ONLINE = "DCD + KD, reused", "DCD + KD, online"
 METHODS = {
@@ -156,6 +152,7 @@ def summarise(rows: list[dict[str, Any]], views: list[int], methods: list[str]) 
 
 def draw(rows: list[dict[str, Any]], views: list[int], methods: list[str], path: Path, title: str) -> None:
     seeds = len({row["seed"] for row in rows})
+    plt = cli.pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for number, method in enumerate(methods):
         there = [count for count in views if accuracies(rows, method, count)]

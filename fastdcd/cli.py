@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def run(main: Callable[[], int]) -> NoReturn:
@@ -66,3 +67,21 @@ def _is_lost_process(error: RuntimeError) -> bool:
     distributed = sys.modules.get("torch.distributed")
     known = isinstance(error, distributed.DistError) if distributed else False
     return known or "gloo" in str(error).lower() or "connection closed by peer" in str(error).lower()
+
+
+def human_time(seconds: float) -> str:
+    """A time for people: one unit, as in 1.5 h."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files. Raises ValueError if it is not installed: only drawing needs it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("matplotlib is not installed: pip install 'fastdcd[plots]'") from None
+    matplotlib.use("Agg")
+    return importlib.import_module("matplotlib.pyplot")

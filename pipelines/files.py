@@ -227,3 +227,12 @@ def will_need(file: mmap.mmap, start: int, length: int) -> None:
     """Let the kernel read a part of a mapped file in the background: a microsecond, and no waiting for storage."""
     page = start - start % mmap.PAGESIZE
     file.madvise(mmap.MADV_WILLNEED, page, start + length - page)
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes for people: three digits and a decimal unit, as in 1.28 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB" if count < 999.5 else f"{count:,.0f} TB"

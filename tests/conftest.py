@@ -24,7 +24,8 @@ from fastdcd import config, config_file
 from fastdcd.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
+# Real data for the tests, with imagenet-sample/ in it. Not needed: parts of scikit-learn's photographs do as well.
+DATA = Path(os.environ.get("FASTDCD_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
 def absent(reason: str) -> None:
@@ -36,8 +37,8 @@ def absent(reason: str) -> None:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """60 real JPEGs: ImageNet's if they lie beside the checkout, else parts of scikit-learn's two photographs."""
-    found = sorted((SHARED / "data" / "imagenet-sample" / "train").glob("*/*"))[:60]
+    """60 real JPEGs: ImageNet's if FASTDCD_TEST_DATA has them, else parts of scikit-learn's two photographs."""
+    found = sorted((DATA / "imagenet-sample" / "train").glob("*/*"))[:60]
     return found or cut_photographs(tmp_path_factory.mktemp("photographs"))
 
 

@@ -236,7 +236,7 @@ def test_rows_count_as_done_only_after_a_flush(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_fit_is_not_begun(tmp_path: Path) -> None:
     manifest = Manifest(rows=10**12, dim=2048, views=50, dtype="fp32", fingerprint={})
-    with pytest.raises(ValueError, match=r"takes .* GB and .* GB are free"):
+    with pytest.raises(ValueError, match=r"takes .*B and .*B are free"):
         TeacherCache.create(tmp_path / "c", manifest, nn.Linear(2048, 3))
     assert not (tmp_path / "c" / "manifest.json").exists()
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, forget_accelerate, metric_lines
 
 from fastdcd import config_file, models, weights
@@ -113,6 +114,14 @@ def test_every_pair_and_method_has_a_config_with_the_published_settings() -> Non
                     assert cfg.train.epochs == 240 and cfg.data.batch_size == 64
                     assert (cfg.schedule.name, cfg.schedule.milestones) == ("step", (150, 180, 210))
                     assert (cfg.loss.alpha, cfg.loss.feat_dim, cfg.loss.kd_temperature) == (0.5, 128, 4)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "imagenet").glob("resnet*/*.yaml")), ids=lambda path: path.stem)
+def test_an_imagenet_recipe_is_in_two_files(path: Path) -> None:
+    (base,) = [path.parent / yaml.safe_load(path.read_text())["base"]]
+    assert "base" not in yaml.safe_load(base.read_text())
+    cfg = config_file.load(path)
+    assert cfg.train.epochs == int(path.stem.removesuffix("_epochs")) and cfg.loss.kd == cfg.loss.dcd == 1
 
 
 def test_the_fast_recipe_changes_neither_models_nor_losses() -> None:

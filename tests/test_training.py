@@ -1,15 +1,13 @@
 """Training through its public entry: what is promised of cached teachers, resuming and results."""
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import BOTH, ROOT, Digits, forget_accelerate, metric_lines, run_program
+from conftest import BOTH, Digits, forget_accelerate, metric_lines, run_program
 from safetensors.torch import load_file
 
 from fastdcd import config_file, models, weights
@@ -256,59 +254,6 @@ def test_every_weight_moves_and_only_those_meant_to_decay_do(digits: Digits, tmp
         build("cifar:resnet8", classes=10), normalize_for("cifar:resnet8"), loss_section()(), teacher_dim=64
     )
     assert not list(no_distillation.terms.parameters()), "a weight of zero costs nothing"
-
-
-CONFIGS = ROOT / "configs"
-
-
-@pytest.fixture(scope="module")
-def untrained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Weights of a fresh teacher by name, written once for all configs that name it."""
-    from fastdcd import models, weights
-
-    folder = tmp_path_factory.mktemp("teachers")
-
-    def write(name: str) -> Path:
-        path = folder / f"{name.replace(':', '-').replace('/', '-')}.safetensors"
-        if not path.exists():
-            weights.save(path, models.build(name, classes=10).original_state_dict())
-        return path
-
-    return write
-
-
-@pytest.mark.parametrize(
-    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS).with_suffix(""))
-)
-def test_every_config_trains(digits: Digits, tmp_path: Path, path: Path, untrained: Callable[[str], Path]) -> None:
-    """Each shipped config runs two steps, on a few small digits instead of its own data."""
-    if path.parent.name == "accelerate":
-        pytest.skip("an Accelerate config, not an experiment")
-    if path.name == "base.yaml" and "model" not in path.read_text():
-        pytest.skip("only a base for others")
-    overrides = [
-        f"data.train={digits.resident}/train",
-        f"data.val={digits.resident}/val",
-        "data.backend=resident",
-        "data.device=cpu",
-        "data.batch_size=4",
-        f"run.dir={tmp_path}/run",
-        "run.trackers=[]",
-        f"cache.path={tmp_path}/cache",
-        "train.max_steps=2",
-        "train.precision=fp32",
-        "teacher.evaluate=false",
-        "teacher.checkpoint_by_order=false",
-        "data.classes=null",
-        "student.image_size=16",
-        "teacher.image_size=16",
-    ]
-    teacher = config_file.load(path).teacher
-    if teacher.model:
-        mode = "online" if teacher.mode == "cached" else teacher.mode
-        overrides += [f"teacher.checkpoint={untrained(teacher.model)}", f"teacher.mode={mode}"]
-    assert train(config_file.load(path, overrides))["step"] == 2
-    shutil.rmtree(tmp_path)  # checkpoints of all configs together would fill a disk
 
 
 def test_deterministic_seeds(digits: Digits, tmp_path: Path) -> None:

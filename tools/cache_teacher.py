@@ -11,6 +11,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import fr
 
 from fastdcd import cli, config, config_file
 from fastdcd.cache import fill as filling
+from pipelines.files import human_bytes
 
 
 def main() -> int:
@@ -57,7 +58,7 @@ def fill(cfg: config.Config, arguments: argparse.Namespace) -> int:
         size = manifest.views * manifest.view_bytes
         parts.accelerator.print(
             f"{cfg.cache.path}: {manifest.views} views of {manifest.rows} rows, {manifest.dim} features each as "
-            f"{manifest.dtype}, {_bytes(size)}"
+            f"{manifest.dtype}, {human_bytes(size)}"
         )
     return 0
 
@@ -99,34 +100,20 @@ def _table(found: dict[str, Any]) -> str:
         advice = f"cache if you train {found['runs_to_break_even']:.1f} students or more"
     lines = [
         ("rows x views", f"{found['rows']:,} x {found['views']}"),
-        ("size of a view, of all", f"{_bytes(found['bytes_a_view'])}, {_bytes(found['bytes'])}"),
-        ("free on that disk", _bytes(found["free_bytes"])),
+        ("size of a view, of all", f"{human_bytes(found['bytes_a_view'])}, {human_bytes(found['bytes'])}"),
+        ("free on that disk", human_bytes(found["free_bytes"])),
         ("teacher alone, measured", f"{found['teacher_images_per_second']:,.0f} images/s"),
-        ("time to fill, one process", _time(found["fill_seconds"])),
+        ("time to fill, one process", cli.human_time(found["fill_seconds"])),
         (
             "step with a cache, online",
             f"{found['cached_step_seconds'] * 1e3:.1f} ms, {found['online_step_seconds'] * 1e3:.1f} ms",
         ),
         ("teacher's share of an online step", f"{share:.0%}"),
-        ("saved by each run", _time(found["saved_seconds_a_run"])),
+        ("saved by each run", cli.human_time(found["saved_seconds_a_run"])),
         ("breaks even after", f"{found['runs_to_break_even']:.2f} runs ({found['epochs_to_break_even']} epochs)"),
         ("advice", advice),
     ]
     return "\n".join(f"{name:<36}{value}" for name, value in lines)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 if __name__ == "__main__":

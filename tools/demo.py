@@ -16,16 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # run by path: import from the checkout
 
-import matplotlib
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from fastdcd import cli, config_file, train
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
 
 TRAIN_IMAGES = 1000
 SEEDS = (0, 1, 2)
@@ -35,6 +30,7 @@ RUNS = Path("runs/digits")
 
 def main() -> int:
     started = time.perf_counter()
+    cli.pyplot()  # fails now, not after the training
     shutil.rmtree(RUNS, ignore_errors=True)  # a demo starts from nothing each time
     for folder in ("digits", "digits-resident", "digits-cache"):
         shutil.rmtree(Path("data", folder), ignore_errors=True)
@@ -114,6 +110,7 @@ def results() -> str:
 
 def picture(path: Path) -> None:
     """Accuracy of every student, and how it came about."""
+    plt = cli.pyplot()
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(2, 3), layout="constrained")
     low = np.floor(min(summary(f"{student}-{seed}")["top1"] for student in STUDENTS for seed in SEEDS))
     colors = dict(zip(STUDENTS, ("#8a8a8a", "#3b78b8", "#c8502d"), strict=True))
@@ -135,7 +132,7 @@ def picture(path: Path) -> None:
     bars.set(ylim=(low - 2, 100), xticks=range(3), xticklabels=list(STUDENTS.values()))
     bars.set_title("after the last epoch; dots are seeds", fontsize=10)
     curves.annotate("teacher", (curves.get_xlim()[0], teacher), (4, 4), textcoords="offset points", fontsize=9)
-    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
+    curves.locator_params(axis="x", integer=True)
     curves.set(xlabel="epoch", ylim=(max(values.min() - 20, 0), 100))
     curves.set_title("mean of 3 seeds, lowest to highest shaded", fontsize=10)
     curves.legend(frameon=False, loc="lower right")

@@ -12,9 +12,9 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
 
 from fastdcd import cli, html_report
+from fastdcd.cli import human_time
 from fastdcd.html_report import Line
 from fastdcd.losses.terms import TERMS
-from fastdcd.profiler.table import duration
 from pipelines.files import replace_file, user_path
 
 # Figures in order: key of metrics.jsonl, kind of line, title, unit. One is drawn if a run has its key.
@@ -140,7 +140,7 @@ def _row(run: Run) -> list[str]:
         f"{max(y for _, y in accuracy):.2f}" if accuracy else "-",
         f"{len(seconds)}",
         f"{run.lines[-1]['step']:,}" if run.lines else "0",
-        duration(seconds[-1]) if seconds else "-",
+        human_time(seconds[-1]) if seconds else "-",
         f"{_middle(rate):,.0f}",
         f"{_middle(wait):.1%}",
         f"{done['student_parameters']:,}" if "student_parameters" in done else "-",

@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastdcd import models, weights
-from pipelines.files import Lock, explain_full_disk, replace_file, write_json
+from pipelines.files import Lock, explain_full_disk, human_bytes, replace_file, write_json
 from pipelines.prefetch import copy_stream
 
 FORMAT = "fastdcd-cache-1"
@@ -182,7 +182,7 @@ class TeacherCache:
         need, free = manifest.views * manifest.view_bytes, free_bytes(path)
         if free < need:
             raise ValueError(
-                f"{path}: the cache takes {need / 1e9:.3g} GB and {free / 1e9:.3g} GB are free; choose another "
+                f"{path}: the cache takes {human_bytes(need)} and {human_bytes(free)} are free; choose another "
                 "cache.path, fewer views.count, or cache.dtype uint8"
             )
         cache = cls(path, manifest, weights.digest(_tensors(classifier)))

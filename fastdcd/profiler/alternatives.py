@@ -97,8 +97,13 @@ def of_teacher(bench: Bench) -> Found:
     }
     if teacher.precision == "fp32" and not config.teacher.compile and _has_bf16(device):
         teacher.precision = "bf16"
-        found["teacher.precision=bf16"] = {"now": now, "then": call_seconds(lambda: teacher(images), device, 4)}
-        teacher.precision = "fp32"
+        try:
+            found["teacher.precision=bf16"] = {
+                "now": now,
+                "then": call_seconds(lambda: teacher(images), device, 4),
+            }
+        finally:
+            teacher.precision = "fp32"
     return found
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from fastdcd import html_report
+from fastdcd.cli import human_time
 from fastdcd.profiler.stages import stages
-from fastdcd.profiler.table import duration
 from fastdcd.profiler.verdict import evaluation_share
+from pipelines.files import human_bytes
 
 
 def page(profile: dict[str, Any]) -> str:
@@ -130,20 +131,25 @@ def _ceilings(profile: dict[str, Any]) -> str:
 
 def _memory(memory: dict[str, Any]) -> str:
     names = ("student", "gradients", "optimizer", "teacher", "activations", "images")
-    body = html_report.stack([(name, memory[name], size(memory[name])) for name in names if memory[name]])
-    rows = [("peak of the process", size(memory["process_peak"]))]
+    body = html_report.stack([(name, memory[name], human_bytes(memory[name])) for name in names if memory[name]])
+    rows = [("peak of the process", human_bytes(memory["process_peak"]))]
     if memory["device_peak"] is not None:
-        rows.append(("peak on the device", f"{size(memory['device_peak'])} of {size(memory['device_total'])}"))
+        rows.append(
+            (
+                "peak on the device",
+                f"{human_bytes(memory['device_peak'])} of {human_bytes(memory['device_total'])}",
+            )
+        )
     return body + html_report.table(("", ""), rows)
 
 
 def _beside(profile: dict[str, Any]) -> str:
     cold, evaluation, processes = profile["cold"], profile["evaluation"], profile["about"]["processes"]
     rows = [
-        ("opening the data", duration(cold["open_seconds"])),
-        ("first batch", duration(cold["first_batch_seconds"])),
-        ("first step", duration(cold["first_step_seconds"])),
-        ("an evaluation", f"{duration(evaluation['seconds'])}, {evaluation_share(profile):.0%} of the run"),
+        ("opening the data", human_time(cold["open_seconds"])),
+        ("first batch", human_time(cold["first_batch_seconds"])),
+        ("first step", human_time(cold["first_step_seconds"])),
+        ("an evaluation", f"{human_time(evaluation['seconds'])}, {evaluation_share(profile):.0%} of the run"),
     ]
     for name, seconds in (
         ("cold", cold["read_seconds_an_image"]),
@@ -179,20 +185,11 @@ def _projection(profile: dict[str, Any]) -> str:
         (
             f"{row['gpus']}",
             f"{row['images_per_second']:,.0f}",
-            duration(row["epoch_seconds"]),
-            duration(row["recipe_seconds"]),
+            human_time(row["epoch_seconds"]),
+            human_time(row["recipe_seconds"]),
             f"{row['cost']:,.2f}" if row["cost"] is not None else "-",
         )
         for row in profile["projection"]
     ]
     epochs = profile["about"]["epochs"]
     return html_report.table(("devices", "images/s", "epoch", f"{epochs} epochs", "cost"), rows)
-
-
-def size(count: float) -> str:
-    """Bytes as people say them."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastdcd.cli import human_time
 from fastdcd.profiler.verdict import evaluation_share
 
 Profile = dict[str, Any]
@@ -40,9 +41,9 @@ def table(profile: Profile) -> str:
     cold, evaluation = profile["cold"], profile["evaluation"]
     lines += [
         "",
-        f"cold start: {duration(cold['open_seconds'])} to open the data, first batch after "
-        f"{duration(cold['first_batch_seconds'])}, first step after another {duration(cold['first_step_seconds'])}",
-        f"evaluation: {duration(evaluation['seconds'])}, {evaluation_share(profile):.0%} of the run",
+        f"cold start: {human_time(cold['open_seconds'])} to open the data, first batch after "
+        f"{human_time(cold['first_batch_seconds'])}, first step after another {human_time(cold['first_step_seconds'])}",
+        f"evaluation: {human_time(evaluation['seconds'])}, {evaluation_share(profile):.0%} of the run",
     ]
     lines += ["", f"verdict: {found['words']}"]
     for advice in found["advice"]:
@@ -56,8 +57,8 @@ def table(profile: Profile) -> str:
     for row in profile["projection"]:
         cost = f"{row['cost']:,.2f}" if row["cost"] is not None else "--price"
         lines.append(
-            f"{row['gpus']:>8}{row['images_per_second']:>12,.0f}{duration(row['epoch_seconds']):>12}"
-            f"{duration(row['recipe_seconds']):>12}{cost:>10}"
+            f"{row['gpus']:>8}{row['images_per_second']:>12,.0f}{human_time(row['epoch_seconds']):>12}"
+            f"{human_time(row['recipe_seconds']):>12}{cost:>10}"
         )
     return "\n".join(lines)
 
@@ -89,11 +90,3 @@ def apart(a: dict[str, float], b: dict[str, float]) -> bool:
 def overlap(a: dict[str, float], b: dict[str, float]) -> bool:
     """Whether the quartiles of two spreads do."""
     return a["quartile_25"] <= b["quartile_75"] and b["quartile_25"] <= a["quartile_75"]
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

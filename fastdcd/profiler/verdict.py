@@ -10,6 +10,7 @@ from typing import Any
 
 from fastdcd.losses.terms import TERMS
 from fastdcd.profiler.stages import LOSS
+from pipelines.files import human_bytes
 
 Profile = dict[str, Any]  # what measure.profile returns
 
@@ -502,8 +503,8 @@ def _notes(profile: Profile) -> Iterable[str]:
     if about["teacher_mode"] == "online" and teacher < 0.1:
         yield f"the teacher is {teacher:.0%} of the step: a cache would save little, do not bother"
     if memory["device_total"] and memory["device_peak"] < 0.5 * memory["device_total"]:
-        unused = (memory["device_total"] - memory["device_peak"]) / 2**30
-        yield f"{unused:.0f} GiB of GPU memory are unused: room for a larger data.batch_size, or data.backend=resident"
+        unused = human_bytes(memory["device_total"] - memory["device_peak"])
+        yield f"{unused} of GPU memory are unused: room for a larger data.batch_size, or data.backend=resident"
     cold = profile["cold"]["read_seconds_an_image"]
     steps_rate = profile["images_per_second"] / about["processes"]
     if cold and cold * steps_rate > 1:

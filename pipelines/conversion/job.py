@@ -29,7 +29,7 @@ from pipelines.conversion import beton_writer, resident_writer, shard_writer
 from pipelines.conversion.encode import Source, Storage
 from pipelines.conversion.journal import MANIFEST, Reject, finished, other_settings, write_manifest, write_rejects
 from pipelines.conversion.sources import Sources
-from pipelines.files import explain_full_disk, write_json
+from pipelines.files import explain_full_disk, human_bytes, write_json
 from pipelines.formats import beton, shards
 from pipelines.index import DatasetIndex
 
@@ -158,8 +158,8 @@ class Job:
         free = shutil.disk_usage(folder).free
         note = "" if bytes_ < free else ": TOO LITTLE, unless the sample misleads"
         self.say(
-            f"{self.out}: {len(self.sources):,} images, about {_gigabytes(bytes_)} (from {min(_SAMPLE, len(self.sources))} "
-            f"of them); {_gigabytes(free)} free{note}"
+            f"{self.out}: {len(self.sources):,} images, about {human_bytes(bytes_)} (from {min(_SAMPLE, len(self.sources))} "
+            f"of them); {human_bytes(free)} free{note}"
         )
 
     def own(self) -> Job:
@@ -168,10 +168,6 @@ class Job:
         if not len(positions):
             raise ValueError(f"--shard {self.part.number}/{self.part.of}: no samples in it; use fewer parts")
         return Job(sources=self.sources.select(positions), out=self.out, workers=self.workers, say=self.say)
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 class _Writer(Protocol[R]):  # type: ignore[misc]
