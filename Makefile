@@ -4,10 +4,10 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test test-oldest bench lint format clean
 
 help:  ## what can be made
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## / : /'
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## / : /'
 
 setup: $(VENV)/.ready  ## a virtual environment in .venv with the pinned versions of constraints.txt
 
@@ -16,6 +16,9 @@ demo: $(VENV)/.ready  ## distil a student on real digits: teacher, cache, three 
 
 test: $(VENV)/.ready-test  ## every test, every backend
 	$(RUN) -m pytest $(TESTS)
+
+test-oldest: .venv-oldest/.ready  ## the same with the oldest versions that pyproject.toml allows, in .venv-oldest
+	.venv-oldest/bin/python -m pytest $(TESTS)
 
 bench: $(VENV)/.ready  ## what has been measured, what has not, and the command of each
 	@$(RUN) benchmarks/run_gpu.py --list
@@ -30,7 +33,7 @@ format: $(VENV)/.ready-test
 	$(RUN) -m ruff format .
 
 clean:  ## remove the virtual environment and everything that runs wrote
-	rm -rf $(VENV) runs data build
+	rm -rf $(VENV) .venv-oldest runs data build
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 2; }
@@ -44,4 +47,10 @@ $(VENV)/.ready: constraints.txt pyproject.toml | $(VENV)/bin/python
 $(VENV)/.ready-test: $(VENV)/.ready tools/system_packages.sh
 	sh tools/system_packages.sh
 	$(PIP) -e '.[all,dev]'
+	@touch $@
+
+.venv-oldest/.ready: constraints-oldest.txt pyproject.toml tools/system_packages.sh
+	$(PYTHON) -m venv .venv-oldest
+	sh tools/system_packages.sh
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[all,dev]'
 	@touch $@

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import functional as F
 
 from pipelines.resize import resize
 
@@ -210,10 +209,14 @@ def _raw_bytes(header: bytes) -> int:
 def render(image: Tensor, box: NDArray[np.int32], flip: bool, size: int) -> Tensor:
     """Crop `box` (top, left, height, width) of uint8 [3, H, W], resize to [3, size, size], mirror."""
     top, left, height, width = (int(value) for value in box)
-    crop = F.crop_image(image, top, left, height, width)  # fills with 0 outside the image
+    crop = image[:, max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
+    if crop.shape[1:] != (height, width):  # the box reaches outside, where all is black
+        inside, crop = crop, torch.zeros(3, height, width, dtype=torch.uint8)
+        row, column = max(-top, 0), max(-left, 0)
+        crop[:, row : row + inside.shape[1], column : column + inside.shape[2]] = inside
     if (height, width) != (size, size):
         crop = resize(crop, size)
-    return F.horizontal_flip_image(crop) if flip else crop
+    return crop.flip(2) if flip else crop
 
 
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright

@@ -109,7 +109,7 @@ def _tiny_imagenet(path: Path, options: LoaderOptions) -> Pair:
             f"{root / _ANNOTATIONS}: knows nothing of {error.args[0]!r}; unpack the archive again"
         ) from None
     test = replace(files, classes=train.index.classes, labels=labels)
-    return Pair(train, TorchLoader(root, test, options))
+    return Pair(train, TorchLoader.of_folder(root, test, options))
 
 
 # ---- two folders of one format

@@ -163,8 +163,12 @@ def dali_folder_case(photos: Path, scratch: Path) -> Case:
 
 
 def dali_shards_case(photos: Path, scratch: Path) -> Case:
-    """Images of at most 400 pixels, shrunk and encoded again, in three tars."""
     need("nvidia.dali")
+    return replace(torch_shards_case(photos, scratch), name="dali-shards", tolerance=DALI)
+
+
+def torch_shards_case(photos: Path, scratch: Path) -> Case:
+    """Images of at most 400 pixels, shrunk and encoded again, in three tars."""
     storage = Storage(max_size=400)
     records = [shard_writer.encode_record(s, number, storage) for number, s in enumerate(stored_sources(photos))]
     for number, start in enumerate(range(0, PHOTOS, 15)):
@@ -183,11 +187,12 @@ def dali_shards_case(photos: Path, scratch: Path) -> Case:
             file.seek(members["jpg"][0])
             file.write(bytes(100))
 
-    return Case("dali-shards", scratch, pixels, [record.label for record in records], DALI, damage)
+    return Case("torch-shards", scratch, pixels, [record.label for record in records], (0.3, 2), damage)
 
 
 CASES: dict[str, Callable[[Path, Path], Case]] = {
     "torch": torch_case,
+    "torch-shards": torch_shards_case,
     "resident": resident_case,
     "ffcv-jpeg": functools.partial(ffcv_case, jpeg=1.0),
     "ffcv-raw": functools.partial(ffcv_case, jpeg=0.0),
@@ -610,6 +615,7 @@ def test_a_missing_dataset_is_a_clear_error(case: Case, tmp_path: Path) -> None:
 CONTAINERS = {
     "ffcv-jpeg": "photos.beton",
     "ffcv-raw": "photos.beton",
+    "torch-shards": "shard-000001.tar",
     "dali-shards": "shard-000001.tar",
     "resident": "images.npy",
 }
@@ -629,11 +635,11 @@ def test_a_cut_file_is_refused(name: str, photos: Path, tmp_path: Path) -> None:
     case.open().close()
 
 
-def test_ffcv_compiles_once_for_all(loader: Loader, case: Case) -> None:
+def test_the_kernel_compiles_once_for_all(loader: Loader, case: Case) -> None:
     """Whatever the epoch, the output sizes, the stored images and the number of renderings."""
-    if case.backend != "ffcv":
+    if case.backend not in ("torch", "ffcv"):
         return
-    from pipelines.loaders.ffcv_kernel import render_samples
+    from pipelines.rendering_kernel import render_samples
 
     for seed, sizes in enumerate([(24,), (56,), (32, 48)]):
         list(loader.epoch(make_work(case, sizes, seed=seed, batch_size=5 + seed)))

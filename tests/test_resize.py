@@ -89,7 +89,7 @@ def print_digests() -> None:
 
 def compiled(image: torch.Tensor, size: int) -> torch.Tensor:
     """The whole of uint8 [3, H, W], resized by the loaders' compiled kernel."""
-    from pipelines.loaders.ffcv_kernel import render_samples
+    from pipelines.rendering_kernel import render_samples
 
     _, height, width = image.shape
     pixels = np.concatenate([image.permute(1, 2, 0).numpy().reshape(-1), np.zeros(8, np.uint8)])

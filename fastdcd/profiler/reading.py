@@ -24,6 +24,7 @@ from pipelines.base import Loader, LoaderOptions, open_loader
 from pipelines.conversion.encode import Storage
 from pipelines.conversion.job import Job, to_beton
 from pipelines.conversion.sources import open_sources
+from pipelines.files import path_of, read_file
 from pipelines.image_folder import read_classes
 from pipelines.index import DatasetIndex
 from pipelines.plan import Crops, EpochPlan, RankPlan
@@ -137,7 +138,7 @@ def reader_of(path: Path, index: DatasetIndex) -> ReadSample | None:
         return None
     if index.offsets is None:
         if path.is_dir() and (path / index.names[0]).is_file():
-            return lambda sample: len((path / index.names[sample]).read_bytes())
+            return lambda sample: len(read_file(path_of(path, index.names[sample])))
         return None
     lengths = index.lengths
     if lengths is None:

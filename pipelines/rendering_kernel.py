@@ -1,11 +1,9 @@
-"""The compiled inner loop of the FFCV executor: decode, crop, resize, mirror, without the GIL.
+"""The compiled inner loop of the CPU loaders: decode, crop, resize, mirror, without the GIL.
 
-JPEGs are decoded by the TurboJPEG library that FFCV is linked against, with the accurate DCT: pixels equal
-to Pillow's and torchvision's, at the speed of FFCV's fast DCT (a difference of 1 of 255 on average). Resizing
-repeats torch's antialiased bilinear resize of uint8 images bit by bit (ATen's UpSampleKernel: 16-bit
-weights, along the width first, rounded in between). So the torch executor gives the same bytes from the
-same stored pixels. FFCV's own resize is OpenCV's INTER_AREA, which is a box filter when it shrinks and
-nearly nearest-neighbour when it enlarges: teachers tell the difference.
+JPEGs are decoded by TurboJPEG with the accurate DCT: pixels equal to Pillow's and torchvision's, at the speed of
+FFCV's fast DCT (a difference of 1 of 255 on average). Resizing repeats resize.py bit by bit. So all loaders give the
+same bytes from the same stored pixels. FFCV's own resize is OpenCV's INTER_AREA, which is a box filter when it shrinks
+and nearly nearest-neighbour when it enlarges: teachers tell the difference.
 
 Compiled once a machine and cached by numba. Nothing here depends on the data set, the epoch or the
 output size, so nothing is ever compiled again.
@@ -276,6 +274,32 @@ def _render(image, offset, height, width, box, flip, size, out, place, tile):  #
         _blend_rows(out, place + y * length, length, tile, first[y], weights[y], bits)
 
 
+# Frame headers (ITU T.81, table B.1) that TurboJPEG and every other decoder knows: Huffman, 8 bits; C2 is progressive.
+_SOF0, _SOF2, _SOS = 0xC0, 0xC2, 0xDA
+
+
+@njit(**_COMPILED)
+def _is_ordinary(data, height, width):  # type: ignore[no-untyped-def]
+    """Whether `data` begins like a JPEG of this size, in gray or three colours: one that TurboJPEG shows as all do."""
+    if len(data) < 2 or data[0] != 0xFF or data[1] != 0xD8:
+        return False
+    at = 2
+    while at + 10 <= len(data) and data[at] == 0xFF and data[at + 1] != _SOS:
+        if data[at + 1] == 0xFF:  # fill byte
+            at += 1
+        elif _SOF0 <= data[at + 1] <= _SOF2:
+            rows, columns = _two_bytes(data, at + 5), _two_bytes(data, at + 7)
+            return data[at + 4] == 8 and rows == height and columns == width and data[at + 9] in (1, 3)
+        else:
+            at += 2 + _two_bytes(data, at + 2)
+    return False
+
+
+@njit(**_COMPILED)
+def _two_bytes(data, at):  # type: ignore[no-untyped-def]
+    return (np.int64(data[at]) << 8) + np.int64(data[at + 1])
+
+
 _BYTES = types.uint8[::1]
 _FILE = types.Array(types.uint8, 1, "C", readonly=True)
 _INTS = types.int64[::1]
@@ -316,12 +340,12 @@ def render_samples(  # type: ignore[no-untyped-def]
     pixels,
     tile,
 ):
-    """Render n samples into `out`; what cannot be decoded is black and marked in `failed`.
+    """Render n samples into `out`; what TurboJPEG cannot decode without a warning is black and marked in `failed`.
 
     Args:
         decompress: address of tjDecompress2.
         handle: TurboJPEG decompressor of this thread.
-        file: the .beton, uint8 [bytes]. Up to five bytes beyond a raw image are read: FFCV's tables come last in it.
+        file: all encoded images, uint8 [bytes]. Up to five bytes beyond a raw image are read.
         pointers, lengths: int64 [n], each image in the file.
         stored: int32 [n, 2], heights and widths.
         raw: bool [n], raw pixels rather than JPEG.
@@ -330,12 +354,15 @@ def render_samples(  # type: ignore[no-untyped-def]
         out: uint8, gets images [size, size, 3]; rendering r starts at places[r], int64 [R].
         failed: bool [n], written.
         pixels: scratch for a decoded image: eight bytes more than the largest has.
-        tile: scratch: one byte more than (1 + rows of the largest image) * (largest size) * 3.
+        tile: scratch: one byte more than (1 + rows of the tallest image) * (largest size) * 3.
     """
     for row in range(len(pointers)):
         height, width = int(stored[row, 0]), int(stored[row, 1])
         data = file[pointers[row] : pointers[row] + lengths[row]]
-        failed[row] = not raw[row] and _decompress(decompress, handle, data, pixels, width, height) != 0
+        failed[row] = not raw[row] and (
+            not _is_ordinary(data, height, width)
+            or _decompress(decompress, handle, data, pixels, width, height) != 0
+        )
         for each in range(len(sizes)):
             size = sizes[each]
             place = places[each] + row * size * size * 3
