@@ -103,7 +103,11 @@ def check_name(where: object, name: str) -> None:
 
 def is_hidden(name: str) -> bool:
     """Whether a relative path is what a system leaves beside images: hidden (._x.JPEG, .git/x) or of __MACOSX."""
-    return name.startswith((".", "__MACOSX/")) or "/." in name or "/__MACOSX/" in name
+    if not name.startswith(".") and "/." not in name and "__MACOSX" not in name:
+        return False
+    return any(
+        part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in name.split("/")
+    )
 
 
 class Skipped:
@@ -112,7 +116,13 @@ class Skipped:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
 
+    def copy(self) -> Skipped:
+        other = Skipped()
+        other._counts.update(self._counts)
+        return other
+
     def add(self, name: str) -> None:
+        """Count a file, or a hidden folder."""
         suffix = PurePosixPath(name).suffix.lower()
         self._counts["hidden" if is_hidden(name) else suffix or PurePosixPath(name).name] += 1
 
@@ -196,6 +206,32 @@ def list_image_folder(
     return names_of_classes, [name for folder in folders for name in sorted(images[folder])]
 
 
+# Tiny ImageNet's validation set: one folder of images, and a table of their classes beside it.
+ANNOTATIONS = "val_annotations.txt"
+
+
+def read_annotations(root: Path, text: str, names: Sequence[str]) -> list[str]:
+    """The classes of Tiny ImageNet's validation images (images/val_0.JPEG, ...) from its table.
+
+    Raises ValueError for an image that is not in the table.
+    """
+    rows = [line.split() for line in text.splitlines()]
+    class_of = {f"images/{words[0]}": words[1] for words in rows if len(words) > 1}
+    if missing := [name for name in names if name not in class_of]:
+        raise ValueError(f"{root / ANNOTATIONS}: knows nothing of {missing[0]!r}; unpack the archive again")
+    return [class_of[name] for name in names]
+
+
+def _is_annotated(root: Path) -> bool:
+    """Whether the table counts: it is left over where the images have been sorted into class folders."""
+    if not (root / ANNOTATIONS).is_file():
+        return False
+    with os.scandir(root) as entries:
+        return [entry.name for entry in entries if entry.is_dir() and not is_hidden(f"{entry.name}/")] == [
+            "images"
+        ]
+
+
 UNREADABLE = (1, 1)  # the stored size of an image whose size cannot be read: shown black
 
 
@@ -221,8 +257,14 @@ def index_image_folder(
         ValueError: the tree is not an ImageFolder, or files in it are not images; it names some and counts all.
     """
     skipped = Skipped()
-    names_of_classes, names = list_image_folder(root, classes, skipped)
-    entry = cache / _signature(root, names_of_classes, names, on_decode_error) if cache else None
+    if _is_annotated(root):
+        _, names = list_image_folder(root, None, skipped)
+        class_of = read_annotations(root, read_text(root / ANNOTATIONS), names)
+        names_of_classes = name_classes(root, sorted(set(class_of)), classes)
+    else:
+        names_of_classes, names = list_image_folder(root, classes, skipped)
+        class_of = [name.partition("/")[0] for name in names]
+    entry = cache / _signature(root, names_of_classes, names, class_of, on_decode_error) if cache else None
     if entry is not None and (kept := _kept_index(entry)) is not None:
         return kept
 
@@ -247,7 +289,7 @@ def index_image_folder(
         _log.warning(
             "%s: %d of %d files are not readable images and shown black: %s", root, len(bad), len(names), some
         )
-    labels = np.array([label_of[name.split("/", 1)[0]] for name in names], np.int64)
+    labels = np.array([label_of[name] for name in class_of], np.int64)
     index = DatasetIndex(classes=names_of_classes, labels=labels, sizes=sizes, names=names)
     if entry is not None:
         try:
@@ -260,18 +302,20 @@ def index_image_folder(
 _NAMED = 5  # files that a message names
 
 
-def _signature(root: Path, classes: Sequence[str], names: Sequence[str], *settings: str) -> str:
+def _signature(
+    root: Path, classes: Sequence[str], names: Sequence[str], class_of: Sequence[str], on_decode_error: str
+) -> str:
     """32 hex digits of what an index is made from: a file that was replaced is another one, whatever its size."""
     state = hashlib.blake2b(digest_size=16)
-    state.update("\n".join([*settings, *classes]).encode() + b"\0")
-    for name in names:
+    state.update("\n".join([on_decode_error, *classes]).encode() + b"\0")
+    for name, class_name in zip(names, class_of, strict=True):
         try:
             file = os.stat(path_of(root, name))  # noqa: PTH116
         except OSError:  # a link to nowhere: not readable, which comes later
-            state.update(f"{name}\n".encode())
+            state.update(f"{name}\t{class_name}\n".encode())
             continue
         found = (file.st_size, file.st_mtime_ns, file.st_ctime_ns, file.st_ino, file.st_dev)
-        state.update(f"{name}\t{found}\n".encode())
+        state.update(f"{name}\t{class_name}\t{found}\n".encode())
     return state.hexdigest()
 
 

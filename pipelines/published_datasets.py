@@ -11,10 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.base import Loader, LoaderOptions, open_loader
-from pipelines.image_folder import index_image_folder
 from pipelines.index import DatasetIndex
 from pipelines.loaders.resident_loader import IMAGES, ResidentLoader
-from pipelines.loaders.torch_loader import TorchLoader
 
 
 class Pair(NamedTuple):
@@ -86,32 +84,6 @@ def _stl10_part(root: Path, part: str, classes: tuple[str, ...], options: Loader
     return ResidentLoader(index, images, options.device)
 
 
-# ---- Tiny ImageNet: class folders to train with, one folder and a table to test with
-
-_ANNOTATIONS = "val_annotations.txt"
-
-
-def _tiny_imagenet_recognised(path: Path) -> bool:
-    return (path / "val" / _ANNOTATIONS).is_file() and (path / "val" / "images").is_dir()
-
-
-def _tiny_imagenet(path: Path, options: LoaderOptions) -> Pair:
-    train = TorchLoader.open(path / "train", options)
-    root = path / "val"
-    lines = [line.split() for line in (root / _ANNOTATIONS).read_text().splitlines()]
-    class_of = {f"images/{words[0]}": words[1] for words in lines if len(words) > 1}
-    label_of = {name: label for label, name in enumerate(train.index.classes)}
-    files = index_image_folder(root, cache=options.index_cache)
-    try:
-        labels = np.array([label_of[class_of[name]] for name in files.names], np.int64)
-    except KeyError as error:
-        raise ValueError(
-            f"{root / _ANNOTATIONS}: knows nothing of {error.args[0]!r}; unpack the archive again"
-        ) from None
-    test = replace(files, classes=train.index.classes, labels=labels)
-    return Pair(train, TorchLoader.of_folder(root, test, options))
-
-
 # ---- two folders of one format
 
 
@@ -143,7 +115,6 @@ def _same_classes(backend: str) -> Callable[[Path, LoaderOptions], Pair]:
 
 LAYOUTS = (
     Layout("STL-10's binary files (train_X.bin)", _stl10_recognised, _stl10),
-    Layout("Tiny ImageNet's folders (val/val_annotations.txt)", _tiny_imagenet_recognised, _tiny_imagenet),
     Layout("a converted set (train/images.npy, val/images.npy)", _resident_recognised, _same_classes("resident")),
-    Layout("class folders in train/ and val/ or test/", _two_folders, _same_classes("torch")),
+    Layout("class folders in train/ and val/ or test/, or Tiny ImageNet's", _two_folders, _same_classes("torch")),
 )

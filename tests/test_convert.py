@@ -476,9 +476,8 @@ def spoilt(tmp_path: Path, tree: Path, case: str) -> tuple[Path, str]:
             archive.writestr(zipfile.ZipInfo(name), image.read_bytes())
         return path, "outside"
     if case == "sets":
-        shutil.copytree(tree, path / "train")
         shutil.copytree(tree, path / "val")
-        return path, f"choose: {path}/train or {path}/val"
+        return path, f"holds val, not classes; choose: {path}/val"
     path.mkdir()
     if case == "no images":
         (path / "class0").mkdir()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
 
@@ -12,7 +15,7 @@ from fastdcd import cli
 from pipelines.conversion.encode import Storage
 from pipelines.conversion.job import SHARD, WHOLE, Job, Part, to_beton, to_resident, to_shards
 from pipelines.conversion.journal import REJECTS
-from pipelines.conversion.sources import Sources, open_sources
+from pipelines.conversion.sources import Sources, find_sets, open_sources
 from pipelines.files import user_path
 from pipelines.formats.beton import index_folder
 from pipelines.image_folder import read_classes
@@ -23,27 +26,56 @@ _EPILOG = """example:
   python tools/convert.py ffcv ILSVRC2012_img_train.tar data/imagenet-ffcv/train.beton --max-size 400 --workers 16
   python tools/convert.py shards data/imagenet/train data/imagenet-shards/train --workers 16
 
-SRC is a folder of class folders, a tar or zip of one (read in place; also ImageNet's tar of tars), WebDataset
-shards, or CIFAR's archive (.../train or .../test). Killed at any moment, the same command goes on where it was.
+SRC is class folders, in a folder, tar or zip (also ImageNet's tar of tars); Kaggle's or torchvision's ImageNet; Tiny
+ImageNet; WebDataset tars; Hugging Face parquet files; or CIFAR's archive (.../train or .../test): docs/convert.md.
+A root with train/ and val/ becomes OUT/train and OUT/val. Killed at any moment, the same command resumes.
 """
 
 
-def _sources(arguments: argparse.Namespace) -> Sources:
-    classes = read_classes(arguments.classes) if arguments.classes else None
-    sources = open_sources(arguments.source, classes)
-    if arguments.keep:
-        sources = sources.keep(arguments.keep)
-    return sources.limit(arguments.limit) if arguments.limit else sources
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
-def _job(arguments: argparse.Namespace) -> Job:
-    return Job(
-        sources=_sources(arguments),
-        out=arguments.out,
-        workers=arguments.workers,
-        part=arguments.shard,
-        say=lambda line: print(line, file=sys.stderr),
-    )
+def _sets(arguments: argparse.Namespace, suffix: str) -> Iterator[tuple[Sources, Path]]:
+    """What to convert, and where to: the source, or each set in it with the classes of the first."""
+    classes: Sequence[str] | None = read_classes(arguments.classes) if arguments.classes else None
+    sets = find_sets(arguments.source)
+    for name, path in sets.items() or [("", arguments.source)]:
+        try:
+            sources = open_sources(path, classes, first_label=arguments.first_label)
+        except ValueError as error:
+            if name != "test" or len(sets) < 3:
+                raise
+            _say(f"test: left out ({error})")
+            continue
+        for note in sources.notes:
+            _say(f"{path}: {note}")
+        if sets and classes is None:
+            classes = sources.classes
+        if arguments.keep:
+            sources = sources.keep(arguments.keep)
+        if arguments.limit:
+            sources = sources.limit(arguments.limit)
+        yield sources, arguments.out / f"{name}{suffix}" if name else arguments.out
+
+
+def _convert(
+    arguments: argparse.Namespace,
+    convert: Callable[[Job], DatasetIndex | None],
+    folder: Callable[[Path], Path] = lambda out: out,
+    suffix: str = "",
+) -> int:
+    for sources, out in _sets(arguments, suffix):
+        job = Job(
+            sources=sources,
+            out=out,
+            workers=arguments.workers,
+            part=arguments.shard,
+            say=_say,
+            empty_classes=arguments.empty_classes,
+        )
+        _report(job, folder(out), convert(job))
+    return 0
 
 
 def _storage(arguments: argparse.Namespace, jpeg: float) -> Storage:
@@ -51,31 +83,33 @@ def _storage(arguments: argparse.Namespace, jpeg: float) -> Storage:
 
 
 def ffcv(arguments: argparse.Namespace) -> int:
-    job = _job(arguments)
-    return _report(job, index_folder(job.out), to_beton(job, _storage(arguments, arguments.jpeg_share)))
+    storage = _storage(arguments, arguments.jpeg_share)
+    return _convert(arguments, lambda job: to_beton(job, storage), index_folder, ".beton")
 
 
 def shards(arguments: argparse.Namespace) -> int:
-    job = _job(arguments)
-    return _report(job, job.out, to_shards(job, _storage(arguments, 1.0), arguments.shard_size))
+    storage = _storage(arguments, 1.0)
+    return _convert(arguments, lambda job: to_shards(job, storage, arguments.shard_size))
 
 
 def resident(arguments: argparse.Namespace) -> int:
-    job = _job(arguments)
-    return _report(job, job.out, to_resident(job, arguments.size))
+    return _convert(arguments, lambda job: to_resident(job, arguments.size))
 
 
-def _report(job: Job, folder: Path, index: DatasetIndex | None) -> int:
+def _report(job: Job, folder: Path, index: DatasetIndex | None) -> None:
     if index is None:
         print(f"{job.out}: this part is done; the run that finds all shards there writes the index")
-        return 0
-    rejected = len((folder / REJECTS).read_text().splitlines()) - 1
+        return
+    rejected = len((folder / REJECTS).read_text(encoding="utf-8").splitlines()) - 1
     height, width = index.sizes.mean(0)
+    counts = np.bincount(index.labels, minlength=len(index.classes))
+    empty = [name for name, count in zip(index.classes, counts.tolist(), strict=True) if not count]
     print(
         f"{job.out}: {len(index):,} images of {width:.0f}x{height:.0f} pixels on average, {len(index.classes)} "
-        f"classes; {rejected} rejected" + (f", see {folder / REJECTS}" if rejected else "")
+        f"classes; {rejected} rejected"
+        + (f", see {folder / REJECTS}" if rejected else "")
+        + (f"; {len(empty)} classes without an image, as {empty[0]!r}" if empty else "")
     )
-    return 0
 
 
 def _positive(text: str) -> int:
@@ -121,6 +155,16 @@ def main() -> int:
     )
     common.add_argument(
         "--limit", type=_positive, metavar="N", help="keep N images, spread evenly over the classes"
+    )
+    common.add_argument(
+        "--first-label",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="what a WebDataset's labels count from (default 0)",
+    )
+    common.add_argument(
+        "--empty-classes", action="store_true", help="keep the label of a class whose images are all rejected"
     )
     common.add_argument("--workers", type=_count, default=2, metavar="W", help="processes (default 2)")
     common.add_argument(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,11 @@ class BetonWriter:
         self._journal.append(part)
         self.sources = sources
 
+    def rejects(self) -> Iterator[Reject]:
+        """All samples that could not be stored so far."""
+        for part in self._journal.read():
+            yield from map(Reject.of, part["rejects"])
+
     def finish(self, classes: Sequence[str]) -> DatasetIndex:
         """Write metadata, table and header, then index, rejects and manifest, and give the file its final name.
 
@@ -198,9 +203,7 @@ class BetonWriter:
         )
         folder = index_folder(self._path)
         index.save(folder)
-        rejected = write_rejects(
-            folder, (Reject.of(row) for part in self._journal.read() for row in part["rejects"])
-        )
+        rejected = write_rejects(folder, self.rejects())
         write_manifest(
             folder, index, self._settings, rejected=rejected, raw=int((modes == RAW).sum()), data=self._digest
         )

@@ -14,9 +14,9 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -144,6 +144,7 @@ class Job:
         workers: processes.
         part: the share of the sources to convert.
         say: where the estimate and notes go, a line at a time.
+        empty_classes: keep a class that loses all of its images as a label without any; else that is an error.
     """
 
     sources: Sources
@@ -151,6 +152,23 @@ class Job:
     workers: int = 2
     part: Part = WHOLE
     say: Callable[[str], None] = lambda line: None
+    empty_classes: bool = False
+
+    def check_classes(self, rejects: Iterable[Reject]) -> None:
+        """Raises ValueError if a class has lost all of its images, and that is not what the user wants."""
+        labels = self.sources.labels
+        bad = list(rejects)
+        had = np.bincount(labels, minlength=len(self.sources.classes))
+        left = had - np.bincount(labels[[each.position for each in bad]], minlength=len(had))
+        gone = np.flatnonzero((had > 0) & (left == 0)).tolist()
+        if not gone or self.empty_classes or not left.any():  # not one image: the writer says so
+            return
+        first = next(each for each in bad if labels[each.position] == gone[0])
+        raise ValueError(
+            f"{self.out}: class {self.sources.classes[gone[0]]!r} ({len(gone)} in all) keeps no image: all "
+            f"{had[gone[0]]} are rejected, the first, {first.name}: {first.reason}. Decide: --empty-classes keeps its "
+            f"label without images; or repair them, remove {self.out} and convert again"
+        )
 
     def announce(self, bytes_: int) -> None:
         """Tell the estimated size, and when it will not fit."""
@@ -167,13 +185,14 @@ class Job:
         positions = np.array(self.part.range(len(self.sources)), np.int64)
         if not len(positions):
             raise ValueError(f"--shard {self.part.number}/{self.part.of}: no samples in it; use fewer parts")
-        return Job(sources=self.sources.select(positions), out=self.out, workers=self.workers, say=self.say)
+        return replace(self, sources=self.sources.select(positions), part=WHOLE)
 
 
 class _Writer(Protocol[R]):  # type: ignore[misc]
     sources: int
 
     def append(self, records: Sequence[R], sources: int, rejects: Sequence[Reject] = ()) -> None: ...
+    def rejects(self) -> Iterable[Reject]: ...
     def finish(self, classes: Sequence[str]) -> DatasetIndex: ...
     def close(self) -> None: ...
 
@@ -236,6 +255,7 @@ def _run(job: Job, writer: _Writer[R], encode: Encode[R]) -> DatasetIndex:
                     else:
                         records.append(outcome)
                 writer.append(records, writer.sources + len(records) + len(rejects), rejects)
+            job.check_classes(writer.rejects())
             return writer.finish(job.sources.classes)
         finally:
             outcomes.close()
@@ -272,8 +292,9 @@ def to_shards(job: Job, storage: Storage, shard_size: int = SHARD) -> DatasetInd
             outcomes.close()
         if not all(shard_writer.shard_done(out, number) for number in range(len(spans))):
             return None
-        index = shard_writer.finish_shards(out, job.sources.classes)
         summaries = list(shard_writer.shard_summaries(out))
+        job.check_classes(Reject.of(row) for each in summaries for row in each["rejects"])
+        index = shard_writer.finish_shards(out, job.sources.classes)
         rejected = write_rejects(out, (Reject.of(row) for each in summaries for row in each["rejects"]))
         data = [each["data"] for each in summaries]
         write_manifest(out, index, settings, rejected=rejected, shards=len(data), data=data)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,11 @@ class ResidentWriter:
         )
         self.sources = sources
 
+    def rejects(self) -> Iterator[Reject]:
+        """All samples that could not be stored so far."""
+        for part in self._journal.read():
+            yield from map(Reject.of, part["rejects"])
+
     def finish(self, classes: Sequence[str]) -> DatasetIndex:
         """Give the file its header and final name; write rejects, manifest and, last, the index.
 
@@ -123,8 +128,7 @@ class ResidentWriter:
             sizes=np.full((len(rows), 2), self._shape, np.int32),
             names=[row[1] for row in rows],
         )
-        rejects = (Reject.of(row) for part in self._journal.read() for row in part["rejects"])
-        rejected = write_rejects(self._folder, rejects)
+        rejected = write_rejects(self._folder, self.rejects())
         # the journal stays until the end: with it, but without its data, a crash from here on starts anew
         self._partial.replace(self._folder / IMAGES)
         shape = {"height": height, "width": width}
