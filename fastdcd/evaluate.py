@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fastdcd.config import Eval
+from fastdcd.progress import ProgressBar
 from pipelines.base import Loader
 from pipelines.plan import evaluation_plan
 from pipelines.prefetch import prefetch
@@ -38,7 +39,9 @@ def evaluate(
     plan = evaluation_plan(loader.index, crop_ratio=config.crop_ratio, batch_size=batch_size)
     rank_plan = plan.for_rank((size,), rank=accelerator.process_index, world_size=accelerator.num_processes)
     totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # top-1, top-5, summed loss
+    bar = ProgressBar("evaluate", len(loader.index), "images", shown=accelerator.is_main_process, leave=False)
     for batch, _ in prefetch(loader.epoch(rank_plan), lambda ids: None, accelerator.device):
+        bar.update(min(len(batch.labels) * accelerator.num_processes, bar.left))
         if not len(batch.labels):
             continue
         images = batch.at(size)
@@ -51,6 +54,7 @@ def evaluate(
         hits = (best == batch.labels[:, None]).double()
         loss = F.cross_entropy(logits, batch.labels, reduction="sum").double()
         totals += torch.stack([hits[:, 0].sum(), hits.sum(), loss])
+    bar.close()
     totals = accelerator.reduce(totals, reduction="sum") / len(loader.index)
     top1, top5, loss_mean = totals.tolist()
     return Accuracy(100 * top1, 100 * top5, loss_mean)

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
-from fastdcd import models, weights
+from fastdcd import models, trackers, weights
 from fastdcd.checkpoint import Progress
 from fastdcd.config import Config, Data
 from fastdcd.config_file import dump
@@ -49,6 +49,7 @@ def make_accelerator(config: Config) -> Accelerator:
     torch.backends.cudnn.allow_tf32 = config.train.tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # every epoch has images of one size, and so one choice of algorithms
+    trackers.check(config.run.trackers)
     timeout = timedelta(seconds=config.train.timeout)
     _rejoin(timeout)
     accelerator = Accelerator(
@@ -222,7 +223,7 @@ def write_config(config: Config, accelerator: Accelerator) -> None:
         with replace_file(config.run.dir / "config.yaml") as file:
             file.write(dump(config).encode())
     accelerator.wait_for_everyone()
-    accelerator.init_trackers("trackers")
+    trackers.start(accelerator, "trackers")
 
 
 def write_results(
@@ -231,6 +232,7 @@ def write_results(
     module: DistillModule,
     progress: Progress,
     accuracy: Accuracy | None,
+    teacher_accuracy: Accuracy | None,
     finished: bool,
 ) -> dict[str, Any]:
     """Write summary.json, and student.safetensors if the run is finished. Returns the summary."""
@@ -240,6 +242,7 @@ def write_results(
         **asdict(progress),
         "top1": accuracy.top1 if accuracy else None,
         "top5": accuracy.top5 if accuracy else None,
+        "teacher_top1": teacher_accuracy.top1 if teacher_accuracy else None,
         "student_parameters": sum(parameter.numel() for parameter in module.student.parameters()),
     }
     if accelerator.is_main_process:

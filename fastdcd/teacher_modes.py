@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fastdcd import teacher as teachers
+from fastdcd.cache.storable import check_storable, least_cosine
 from fastdcd.cache.store import ENVIRONMENT, CacheMismatch, Manifest, TeacherCache, different_environment
 from fastdcd.config import Config
 from fastdcd.models import ModelOutput
@@ -272,6 +273,7 @@ def _fill(
 ) -> TeacherMode:
     assert config.cache.path is not None
     manifest = expected_manifest(config, loader, family, teacher)
+    check_range(config, loader, family, teacher)
     lock = None
     if accelerator.is_main_process:
         lock = TeacherCache.lock_for_filling(config.cache.path)
@@ -365,21 +367,9 @@ def check_live(cache: TeacherCache, config: Config, loader: Loader, family: View
     Raises CacheMismatch if it is below what the stored dtype allows.
     """
     count = min(config.cache.check_rows, len(loader.index))
-    ids = torch.linspace(0, len(loader.index) - 1, count, dtype=torch.float64).long()
-    view = config.view_count - 1
-    plan = EpochPlan(
-        index=loader.index,
-        family=family,
-        view_seed=config.views.seed,
-        view=view,
-        order=ids.numpy(),
-        batch_size=count,
-    )
-    device = next(teacher.parameters()).device
-    (batch,) = loader.epoch(plan.for_rank((teacher.size,)))
-    live = teacher.features(batch.at(teacher.size).to(device))
-    stored = cache.manifest.codec.decode(cache.read(view, ids).to(device))
-    cosine = float(torch.nn.functional.cosine_similarity(live, stored).min())
+    ids, live = _look(config, loader, family, teacher, count)
+    stored = cache.manifest.codec.decode(cache.read(config.view_count - 1, ids).to(live.device))
+    cosine = least_cosine(live, stored)
     crossed = _crossed(cache.manifest.fingerprint, loader.backend, _environment(config, loader, teacher))
     if crossed:
         log.warning("cache filled %s: least cosine of %d rows %.4f", crossed, count, cosine)
@@ -391,6 +381,30 @@ def check_live(cache: TeacherCache, config: Config, loader: Loader, family: View
             f"{cosine:.4f}, expected at least {floor}); fill the cache again"
         )
     return cosine
+
+
+def check_range(config: Config, loader: Loader, family: ViewFamily, teacher: Teacher) -> None:
+    """Raises ValueError if cache.dtype cannot hold the teacher's features of some images. Nothing is written."""
+    _, features = _look(config, loader, family, teacher, min(16, len(loader.index)))
+    check_storable(features, config.cache.dtype)
+
+
+def _look(
+    config: Config, loader: Loader, family: ViewFamily, teacher: Teacher, count: int
+) -> tuple[Tensor, Tensor]:
+    """Ids int64 [n] of `count` samples spread over the set, and the live teacher's features of their last view [n, d]."""
+    ids = torch.linspace(0, len(loader.index) - 1, count, dtype=torch.float64).long()
+    plan = EpochPlan(
+        index=loader.index,
+        family=family,
+        view_seed=config.views.seed,
+        view=config.view_count - 1,
+        order=ids.numpy(),
+        batch_size=count,
+    )
+    (batch,) = loader.epoch(plan.for_rank((teacher.size,)))
+    device = next(teacher.parameters()).device
+    return ids, teacher.features(batch.at(teacher.size).to(device))
 
 
 def _crossed(stored: Mapping[str, str], backend: str, environment: Mapping[str, str]) -> str:

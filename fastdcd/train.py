@@ -11,13 +11,13 @@ from typing import Any
 if __name__ == "__main__":  # run by path: import from the checkout, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tqdm import tqdm
 
-from fastdcd import checkpoint, cli, config_file, experiment
+from fastdcd import checkpoint, cli, config_file, experiment, start_summary
 from fastdcd.checkpoint import Progress
 from fastdcd.config import Config
 from fastdcd.evaluate import Accuracy, evaluate
 from fastdcd.metrics import MetricsWriter, Stopwatch
+from fastdcd.progress import ProgressBar
 from fastdcd.step import TrainStep
 from fastdcd.stopping import StopRequest
 from fastdcd.teacher_modes import open_mode
@@ -40,6 +40,7 @@ def train(cfg: Config) -> dict[str, Any]:
         steps_per_epoch = experiment.steps_per_epoch(cfg, train_set.index)
         teacher = experiment.build_teacher(cfg, classes, accelerator)
         module = experiment.build_student(cfg, classes, teacher, accelerator)
+        start_summary.check_batches(cfg, module, train_set.index, accelerator.num_processes)
         step = TrainStep(cfg, module, accelerator, steps_per_epoch=steps_per_epoch)
         progress = Progress()
         if resume_from:
@@ -47,10 +48,18 @@ def train(cfg: Config) -> dict[str, Any]:
             accelerator.print(f"resumed from {resume_from}: epoch {progress.epoch}, step {progress.step}")
         experiment.write_config(cfg, accelerator)
         mode = open_mode(cfg, train_set, family, teacher, accelerator)
-        if teacher and teacher.classes and cfg.teacher.evaluate:
-            found = evaluate(teacher, val_set, accelerator, cfg.eval, size=teacher.size)
-            accelerator.print(f"teacher {teacher.name}: top-1 {found.top1:.2f} % on {cfg.data.val}")
         metrics = MetricsWriter(cfg.run.dir / "metrics.jsonl", accelerator, resume_step=progress.step)
+        teacher_accuracy: Accuracy | None = None
+        if teacher and teacher.classes and cfg.teacher.evaluate:
+            teacher_accuracy = evaluate(teacher, val_set, accelerator, cfg.eval, size=teacher.size)
+            if not progress.step:
+                metrics.write("teacher", epoch=0, step=0, **teacher_accuracy._asdict())
+        facts = start_summary.facts(
+            cfg, accelerator, train_set, val_set, module, teacher, teacher_accuracy, steps_per_epoch
+        )
+        accelerator.print("\n".join(start_summary.lines(cfg, facts)))
+        for warning in start_summary.warnings(cfg, facts):
+            accelerator.print(f"warning: {warning}")
         watch = Stopwatch(progress.seconds)
         teacher_images = progress.teacher_images  # of the processes before this one
         accuracy: Accuracy | None = None
@@ -67,11 +76,12 @@ def train(cfg: Config) -> dict[str, Any]:
             return evaluate(module.predict, val_set, accelerator, cfg.eval, size=cfg.eval_size)
 
         # ---- the loop
-        bar = tqdm(
-            total=cfg.train.epochs * steps_per_epoch,
+        bar = ProgressBar(
+            "train",
+            cfg.train.epochs * steps_per_epoch,
+            "steps",
             initial=progress.step,
-            unit="step",
-            disable=None if accelerator.is_main_process else True,
+            shown=accelerator.is_main_process,
         )
         while progress.epoch < cfg.train.epochs and not stop.requested:
             epoch, student_size = progress.epoch, cfg.student_size(progress.epoch)
@@ -102,7 +112,7 @@ def train(cfg: Config) -> dict[str, Any]:
                     rates = watch.take(waits)
                     rate = step.learning_rate(progress.step - 1)
                     metrics.write("train", epoch=epoch, step=progress.step, lr=rate, **values, **rates)
-                    bar.set_postfix_str(_in_short(rates, accuracy))
+                    bar.note(_in_short(rates, accuracy))
                     step.check(values["skipped_in_a_row"])
                 stop.poll(progress.step, limit=cfg.train.max_steps, votes=votes)
                 if stop.requested or last:
@@ -121,7 +131,7 @@ def train(cfg: Config) -> dict[str, Any]:
                     accuracy = evaluate_student()
                     progress = replace(progress, best_top1=max(progress.best_top1, accuracy.top1))
                     metrics.write("eval", epoch=epoch, step=progress.step, **accuracy._asdict())
-                    bar.set_postfix_str(f"epoch {progress.epoch}, top-1 {accuracy.top1:.2f} %")
+                    bar.note(f"epoch {progress.epoch}, top-1 {accuracy.top1:.2f} %")
                 metrics.write("epoch", epoch=epoch, step=progress.step, seconds=watch.seconds)
             save()
         bar.close()
@@ -133,7 +143,7 @@ def train(cfg: Config) -> dict[str, Any]:
             accuracy = evaluate_student()
         metrics.close()
         accelerator.end_training()
-        summary = experiment.write_results(cfg, accelerator, module, now(), accuracy, finished)
+        summary = experiment.write_results(cfg, accelerator, module, now(), accuracy, teacher_accuracy, finished)
     if finished and accuracy:
         accelerator.print(
             f"done: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %; results in {cfg.run.dir}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from fastdcd import experiment
 from fastdcd.cache.store import Manifest, TeacherCache, free_bytes
 from fastdcd.config import Config
 from fastdcd.models import ModelOutput
+from fastdcd.progress import ProgressBar
 from fastdcd.step import TrainStep
 from fastdcd.teacher import Teacher
-from fastdcd.teacher_modes import expected_manifest
+from fastdcd.teacher_modes import check_range, expected_manifest
 from pipelines.base import Loader
 from pipelines.plan import Crops, RankPlan
 from pipelines.prefetch import prefetch
@@ -67,10 +68,12 @@ def fill(parts: Parts, *, repair: bool = False) -> None:
     """Write what is missing of all views. May be killed and started again at any time, on any number of
     processes. With `repair`, rows whose checksum is wrong are written again first.
 
-    Raises ValueError if the folder holds another cache, is being filled by others, or the disk is too small.
+    Raises ValueError if the folder holds another cache, is being filled by others, or the disk is too small, and if
+    cache.dtype cannot hold the teacher's features.
     """
     config, accelerator, manifest = parts.config, parts.accelerator, parts.manifest
     assert config.cache.path is not None
+    check_range(config, parts.loader, parts.family, parts.teacher)
     lock = None
     if accelerator.is_main_process:
         lock = TeacherCache.lock_for_filling(config.cache.path)
@@ -81,11 +84,11 @@ def fill(parts: Parts, *, repair: bool = False) -> None:
         _reopen_damaged(parts, cache)
     accelerator.wait_for_everyone()
     missing = [view for view in range(manifest.views) if not cache.complete(view)]
-    bar = tqdm(
-        desc=f"{manifest.views - len(missing)} of {manifest.views} views were complete",
-        total=len(missing) * manifest.rows,
-        unit="rows",
-        disable=None if accelerator.is_main_process else True,
+    bar = ProgressBar(
+        f"fill ({manifest.views - len(missing)} of {manifest.views} views were complete)",
+        len(missing) * manifest.rows,
+        "rows",
+        shown=accelerator.is_main_process,
     )
     for first in range(0, len(missing), config.cache.views_a_pass):
         _fill_views(parts, cache, missing[first : first + config.cache.views_a_pass], bar)
@@ -104,7 +107,7 @@ def _reopen_damaged(parts: Parts, cache: TeacherCache) -> None:
             cache.reopen(view, damaged)
 
 
-def _fill_views(parts: Parts, cache: TeacherCache, views: Sequence[int], bar: tqdm[NoReturn]) -> None:
+def _fill_views(parts: Parts, cache: TeacherCache, views: Sequence[int], bar: ProgressBar) -> None:
     """Fill some views in one pass over the images: each is decoded once and rendered once a view."""
     accelerator, teacher, rows = parts.accelerator, parts.teacher, cache.manifest.rows
     if accelerator.is_main_process:

@@ -55,12 +55,14 @@ class Codec:
         encode: float32 [n, d] -> uint8 [n, row_bytes].
         decode: uint8 [n, row_bytes] -> float32 [n, d]; runs on any device.
         cosine: least cosine between a stored row and the same row recomputed.
+        finite: uint8 [n, row_bytes] -> bool [n]: whether a row is of finite features.
     """
 
     row_bytes: Callable[[int], int]
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
     cosine: float
+    finite: Callable[[Tensor], Tensor]
 
 
 def _plain(dtype: torch.dtype, cosine: float) -> Codec:
@@ -69,6 +71,7 @@ def _plain(dtype: torch.dtype, cosine: float) -> Codec:
         encode=lambda features: features.to(dtype).contiguous().view(torch.uint8),
         decode=lambda rows: rows.view(dtype).float(),
         cosine=cosine,
+        finite=lambda rows: rows.view(dtype).isfinite().all(1),
     )
 
 
@@ -80,8 +83,17 @@ def _encode_uint8(features: Tensor) -> Tensor:
     return torch.cat([codes, torch.cat([low, step], 1).contiguous().view(torch.uint8)], 1)
 
 
+def _finite_uint8(rows: Tensor) -> Tensor:
+    return _low_and_step(rows).isfinite().all(1)
+
+
+def _low_and_step(rows: Tensor) -> Tensor:
+    """The two float32 at the end of each row, [n, 2]. A copy: a view of bytes may begin where no float can."""
+    return rows[:, -8:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+
+
 def _decode_uint8(rows: Tensor) -> Tensor:
-    low, step = rows[:, -8:].contiguous().view(torch.float32).split(1, dim=1)  # [n, 1] each
+    low, step = _low_and_step(rows).split(1, dim=1)  # [n, 1] each
     return rows[:, :-8] * step + low
 
 
@@ -89,7 +101,13 @@ CODECS: dict[str, Codec] = {
     "fp32": _plain(torch.float32, 0.99999),
     "fp16": _plain(torch.float16, 0.9999),
     "bf16": _plain(torch.bfloat16, 0.999),
-    "uint8": Codec(row_bytes=lambda dim: dim + 8, encode=_encode_uint8, decode=_decode_uint8, cosine=0.999),
+    "uint8": Codec(
+        row_bytes=lambda dim: dim + 8,
+        encode=_encode_uint8,
+        decode=_decode_uint8,
+        cosine=0.999,
+        finite=_finite_uint8,
+    ),
 }
 
 
@@ -377,6 +395,13 @@ class TeacherCache:
             self._features[view] = self._map(view, "r+")
             self._done[view] = np.load(self._path(view, "done"), mmap_mode="r+", allow_pickle=False)
         where = ids.cpu().numpy()
+        if not (finite := self.manifest.codec.finite(rows)).all():
+            first = int(ids[~finite.to(ids.device)][0])
+            raise ValueError(
+                f"{self.path}: view {view}: features of {int((~finite).sum())} of {len(rows)} images (first: sample "
+                f"{first}) are not finite, or beyond what {self.manifest.dtype} holds; they were not stored. Fill "
+                "another cache.path with cache.dtype=bf16, or look at the teacher (teacher.precision, teacher.mean)"
+            )
         self._features[view][where] = rows.numpy()
         self._unmarked.append((view, where))
 
