@@ -89,7 +89,7 @@ class Student:
     classes: Positive | None = None
     """Number of classes; the dataset's own number if not given. Another number is an error."""
     checkpoint: UserPath | None = None
-    """Weights to start from."""
+    """Weights to start from; `pretrained` and `hub:OWNER/NAME` as for teachers."""
     fresh_classifier: bool = False
     """Leave the checkpoint's final layer out: it was trained on other classes."""
     image_size: Pixels | dict[Count, Pixels] = 224
@@ -117,7 +117,8 @@ class Teacher:
     model: str | tuple[str, ...] | None = None
     """As student.model. Several teach together: their features side by side, the mean of their logits."""
     checkpoint: UserPath | tuple[UserPath, ...] | None = None
-    """.safetensors or .pth of the teacher; one for each of several."""
+    """.safetensors or .pth of the teacher; one for each of several. `pretrained` fetches the weights that timm or
+    torchvision publish for the model, `hub:OWNER/NAME` (`@REVISION`, `:FILE`) those of the Hugging Face Hub."""
     checkpoint_by_order: bool = False
     """Match the checkpoint's tensors by order and shape instead of by name."""
     classifier: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
-from fastdcd import models, trackers, weights
+from fastdcd import models, pretrained, trackers, weights
 from fastdcd.checkpoint import Progress
 from fastdcd.config import Config, Data
 from fastdcd.config_file import dump
@@ -167,7 +168,9 @@ def build_teacher(
     if config.teacher.mode == "none":
         return None
     rows = -(-config.data.batch_size // (processes or accelerator.num_processes))
-    return load_teacher(config, classes=classes, rows=rows, device=accelerator.device)
+    published = any(checkpoint and pretrained.is_published(checkpoint) for _, checkpoint in config.teacher.members)
+    with accelerator.local_main_process_first() if published else nullcontext():  # one of a machine's fetches them
+        return load_teacher(config, classes=classes, rows=rows, device=accelerator.device, say=accelerator.print)
 
 
 def build_student(
@@ -178,9 +181,12 @@ def build_student(
     sizes = {config.student_size(epoch) for epoch in range(config.train.epochs)} | {config.eval_size}
     student = models.build(section.model, classes=classes, sizes=sorted(sizes))
     models.check_sizes(student, section.model, sizes, "student.image_size")
-    if section.checkpoint is not None:
+    if (checkpoint := section.checkpoint) is not None:
+        if pretrained.is_published(checkpoint):
+            with accelerator.local_main_process_first():
+                checkpoint = pretrained.fetch(section.model, checkpoint, "student.checkpoint", accelerator.print)
         try:
-            weights.load_into(student, section.checkpoint, what="student", classifier=not section.fresh_classifier)
+            weights.load_into(student, checkpoint, what="student", classifier=not section.fresh_classifier)
         except ValueError as error:
             raise ValueError(f"student.checkpoint: {error}") from None
     normalize = models.normalize_for(section.model, section.mean, section.std)

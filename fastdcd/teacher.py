@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastdcd import models, weights
+from fastdcd import models, pretrained, weights
 from fastdcd.config import Config
 
 # A teacher is a student without a teacher.
@@ -109,7 +109,9 @@ def _joint_classifier(layers: Sequence[nn.Linear]) -> nn.Linear:
     return joint
 
 
-def load_teacher(config: Config, *, classes: int, rows: int, device: torch.device) -> Teacher:
+def load_teacher(
+    config: Config, *, classes: int, rows: int, device: torch.device, say: Callable[[str], object] = print
+) -> Teacher:
     """Build the teacher of a config with its checkpoint.
 
     Args:
@@ -117,6 +119,7 @@ def load_teacher(config: Config, *, classes: int, rows: int, device: torch.devic
         classes: of the dataset; the teacher must have as many.
         rows: images of one forward pass.
         device: where it runs.
+        say: called with a line for weights that were fetched.
 
     Raises ValueError: no checkpoint, unknown model, or a checkpoint of another network or label count.
     """
@@ -129,10 +132,12 @@ def load_teacher(config: Config, *, classes: int, rows: int, device: torch.devic
                 "teacher.checkpoint is missing: an untrained teacher teaches nothing; name its weights, or train it "
                 f"first ({_HOW_TO_TRAIN.format(model=model)})"
             )
+        if pretrained.is_published(checkpoint):
+            checkpoint = pretrained.fetch(model, checkpoint, "teacher.checkpoint", say)
         if not checkpoint.exists():
             raise ValueError(
                 f"teacher.checkpoint: {checkpoint}: no such file; train the teacher first "
-                f"({_HOW_TO_TRAIN.format(model=model)}), or name weights that are there"
+                f"({_HOW_TO_TRAIN.format(model=model)}), or take published weights (teacher.checkpoint=pretrained)"
             )
         network = models.build(model, classes=classes if section.classifier else 0, sizes=[config.teacher_size])
         models.check_sizes(network, model, [config.teacher_size], "teacher.image_size")
