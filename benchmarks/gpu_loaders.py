@@ -92,7 +92,7 @@ def variants(
     to_beton(Job(sources=sources, out=beton, workers=arguments.workers), Storage(max_size=400))
 
     def ours(backend: str, path: Path, size: int, share: float = 0.0) -> Callable[[], Epoch]:
-        options = LoaderOptions(workers=arguments.workers, device=device, hw_decoder_load=share)
+        options = LoaderOptions(workers=arguments.workers, device=device, own={"hw_decoder_load": share})
         return lambda: executor(backend, path, options, size, arguments.batch_size, exits)
 
     for size in arguments.sizes:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field
 
+from pipelines.base import LoaderOptions
 from pipelines.files import user_path
 
 # unknown keys and wrong types are errors
@@ -30,7 +31,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the images are and how they are read."""
+    """Where the images are and how they are read. A loader's own options are further keys: its class declares them."""
 
     __pydantic_config__ = STRICT
     train: UserPath
@@ -51,10 +52,20 @@ class Data:
     """A file of class names in label order, for folders; without it, sorted folder names."""
     on_decode_error: Literal["raise", "skip_and_report"] = "raise"
     """raise: an image that cannot be decoded ends the run. skip_and_report: it is shown black and named once."""
-    hw_decoder_load: Fraction | None = None
-    """dali on a GPU: share of each batch's JPEGs for the JPEG engine; CUDA kernels, fed by CPU cores, decode the rest.
-    The two differ in some pixels, and the batch decides who decodes what: so with teacher.mode cached or fill it must
-    be 0, which is their default. Elsewhere the default is DALI's, 0.65."""
+    loaders: ClassVar[Mapping[str, Any]] = {}  # name -> class, filled by config_file
+
+    def __getattr__(self, key: str) -> Any:  # for type checkers: a loader's own keys are not known to them
+        raise AttributeError(key)
+
+    def __post_init__(self) -> None:
+        for loader in self.loaders.values():
+            loader.own_options(LoaderOptions(own=self.own))  # its own checks
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Options that only one loader has, by name: its class declares them (Loader.Options)."""
+        names = {each.name for loader in self.loaders.values() for each in fields(loader.Options)}
+        return {name: getattr(self, name) for name in sorted(names)}
 
 
 @dataclass(frozen=True, kw_only=True)

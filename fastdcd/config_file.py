@@ -17,8 +17,9 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from fastdcd.config import Config
+from fastdcd.config import Config, Data
 from fastdcd.losses.terms import loss_section
+from pipelines.base import BACKENDS, loader_class
 from pipelines.files import user_path
 
 # More than any experiment needs. A file may come from a stranger: reading it takes bounded time and memory.
@@ -87,14 +88,28 @@ def parse(tree: Mapping[str, Any], source: str) -> Config:
 
 
 def config_type() -> type[Config]:
-    """Config with the keys of all loss terms that are registered."""
+    """Config with the keys of all loss terms and loaders that are registered."""
     loss: Any = loss_section()
-    return _config_type(loss)
+    return _config_type(loss, tuple((name, loader_class(name)) for name in BACKENDS))
 
 
 @functools.cache
-def _config_type(loss: Any) -> type[Config]:
-    sections = [("loss", loss, field(default_factory=loss))]
+def _config_type(loss: Any, loaders: tuple[tuple[str, Any], ...]) -> type[Config]:
+    keys = [
+        (key.name, get_type_hints(loader.Options, include_extras=True)[key.name], key)
+        for _, loader in loaders
+        for key in fields(loader.Options)
+    ]
+    keys = [(name, hint, field(default=key.default)) for name, hint, key in keys]
+    known = {each.name for each in fields(Data)}
+    if taken := [name for name, *_ in keys if name in known]:
+        raise ValueError(
+            f"data.{taken[0]} is a key of all loaders: none may have an option of its own of this name"
+        )
+    made = make_dataclass(
+        "Data", keys, bases=(Data,), frozen=True, kw_only=True, namespace={"loaders": dict(loaders)}
+    )
+    sections = [("data", made, field()), ("loss", loss, field(default_factory=loss))]
     return make_dataclass("Config", sections, bases=(Config,), frozen=True, kw_only=True)
 
 

@@ -123,8 +123,7 @@ def open_set(section: Data, path: Path, device: torch.device, key: str, *, repea
         index_cache=user_cache(),
         on_decode_error=section.on_decode_error,
         repeatable=repeatable,
-        # evaluation may use the engine even where training may not
-        hw_decoder_load=section.hw_decoder_load,
+        own=section.own,
     )
     try:
         return open_loader(section.backend, path, options)

@@ -12,10 +12,10 @@ import importlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -75,10 +75,7 @@ class LoaderOptions:
         replays: the backend whose batches `replay` repeats; set from its name, as in replay:torch.
         repeatable: a sample's pixels must not depend on the batch around it, bit for bit: a teacher cache stores
             features of them. A backend that cannot promise it raises ValueError when opened.
-        hw_decoder_load: share of each batch's JPEGs for the GPU's JPEG engine, 0 to 1; CUDA kernels decode the
-            others, and the two decoders do not agree in every pixel. Which of them an image meets depends on its
-            batch, so only 0 (kernels alone) is repeatable. None: 0 if `repeatable`, else DALI's own default,
-            0.65. DALI on a GPU only.
+        own: options of single backends by name, as their classes declare them (Loader.Options); each takes its own.
     """
 
     workers: int = 2
@@ -88,13 +85,25 @@ class LoaderOptions:
     on_decode_error: Literal["raise", "skip_and_report"] = "raise"
     replays: str = ""
     repeatable: bool = False
-    hw_decoder_load: float | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """A backend without options of its own."""
 
 
 class Loader(ABC):
-    """Executes plans over one dataset. Close it, or use it as a context manager."""
+    """Executes plans over one dataset. Close it, or use it as a context manager.
+
+    Class attributes:
+        backend: its name.
+        Options: frozen dataclass of options that only this backend has; every field has a default. Its __post_init__
+            may raise ValueError, "OPTION: got ..., expected ...". In fastdcd they are keys of the section `data`.
+    """
 
     backend: ClassVar[str]
+    Options: ClassVar[type] = NoOptions
     reads_files: ClassVar[bool] = True  # else its path names no file
     index: DatasetIndex
 
@@ -102,6 +111,12 @@ class Loader(ABC):
     @abstractmethod
     def open(cls, path: Path, options: LoaderOptions) -> Self:
         """Open the dataset at `path`. Raises ValueError if this backend cannot read it."""
+
+    @classmethod
+    def own_options(cls, options: LoaderOptions) -> Any:
+        """Its own options among all that are given: an instance of Options. Raises ValueError for a bad one."""
+        names = [each.name for each in fields(cls.Options)]
+        return cls.Options(**{name: options.own[name] for name in names if name in options.own})
 
     @property
     @abstractmethod
@@ -176,8 +191,8 @@ def empty_batch(rank_plan: RankPlan) -> Batch:
     return Batch(images=images, labels=nothing, ids=nothing)
 
 
-# Backend name -> module and class, imported when asked for: FFCV and DALI are optional.
-BACKENDS: dict[str, str] = {
+# Backend name -> class, or module:class, which is imported when asked for.
+BACKENDS: dict[str, str | type[Loader]] = {
     "torch": "pipelines.loaders.torch_loader:TorchLoader",
     "resident": "pipelines.loaders.resident_loader:ResidentLoader",
     "ffcv": "pipelines.loaders.ffcv_loader:FFCVLoader",
@@ -185,10 +200,30 @@ BACKENDS: dict[str, str] = {
 }
 
 # Loaders that show other pixels than the plan's: what the rest of a run reaches when reading is free.
-CEILINGS: dict[str, str] = {
+CEILINGS: dict[str, str | type[Loader]] = {
     "synthetic": "pipelines.loaders.synthetic:SyntheticLoader",
     "replay": "pipelines.loaders.replay:ReplayLoader",
 }
+
+
+def register_loader(name: str, loader: str | type[Loader]) -> None:
+    """Add a backend from outside: its class, or module:class. Raises ValueError if the name is taken."""
+    known = {**BACKENDS, **CEILINGS}
+    if known.get(name, loader) != loader:
+        raise ValueError(f"register_loader: {name!r} is taken; choose another name")
+    if not name.isidentifier():
+        raise ValueError(f"register_loader: got the name {name!r}, expected letters, digits and underscores")
+    BACKENDS[name] = loader
+
+
+def loader_class(name: str) -> type[Loader]:
+    """The class of a backend by name. FFCV and DALI themselves are imported when one is opened."""
+    found = {**BACKENDS, **CEILINGS}[name]
+    if isinstance(found, type):
+        return found
+    module, _, class_name = found.partition(":")
+    loader: type[Loader] = getattr(importlib.import_module(module), class_name)
+    return loader
 
 
 def open_loader(backend: str, path: Path, options: LoaderOptions) -> Loader:
@@ -201,8 +236,7 @@ def open_loader(backend: str, path: Path, options: LoaderOptions) -> Loader:
     known = {**BACKENDS, **CEILINGS}
     if name not in known or (replayed and (name != "replay" or replayed not in BACKENDS)):
         raise ValueError(f"data.backend: got {backend!r}, expected one of {', '.join(known)}")
-    module, _, class_name = known[name].partition(":")
-    loader_class: type[Loader] = getattr(importlib.import_module(module), class_name)
-    if loader_class.reads_files and not path.exists():
+    found = loader_class(name)
+    if found.reads_files and not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    return loader_class.open(path, replace(options, replays=replayed) if replayed else options)
+    return found.open(path, replace(options, replays=replayed) if replayed else options)

@@ -697,9 +697,9 @@ def decoders_on_a_gpu(path: Path, monkeypatch: pytest.MonkeyPatch, **options: ob
 def test_a_decoder_chosen_by_the_batch_never_meets_a_cache(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for options, load, decode in [
         ({"repeatable": True}, "hw_decoder_load: 0.000000", "gpu, by kernels"),
-        ({"hw_decoder_load": 0.0}, "hw_decoder_load: 0.000000", "gpu, by kernels"),
+        ({"own": {"hw_decoder_load": 0.0}}, "hw_decoder_load: 0.000000", "gpu, by kernels"),
         ({}, "hw_decoder_load: 0.650000", "gpu, 0.65 by the engine"),
-        ({"hw_decoder_load": 1.0}, "hw_decoder_load: 1.000000", "gpu, 1 by the engine"),
+        ({"own": {"hw_decoder_load": 1.0}}, "hw_decoder_load: 1.000000", "gpu, 1 by the engine"),
     ]:
         found = decoders_on_a_gpu(photos, monkeypatch, **options)
         assert found.pop("fingerprint") == decode
@@ -709,9 +709,11 @@ def test_a_decoder_chosen_by_the_batch_never_meets_a_cache(photos: Path, monkeyp
         assert ("preallocate_height_hint: 0" in spec or "preallocate_height_hint" not in spec) == ("0.000" in load)
     for share in (0.65, 1.0):
         with pytest.raises(ValueError, match="same in every batch"):
-            options = LoaderOptions(device=torch.device("cuda", 0), repeatable=True, hw_decoder_load=share)
+            options = LoaderOptions(
+                device=torch.device("cuda", 0), repeatable=True, own={"hw_decoder_load": share}
+            )
             open_loader("dali", photos, options)
-    cpu = LoaderOptions(repeatable=True, hw_decoder_load=0.65)  # an engine is not asked on the CPU
+    cpu = LoaderOptions(repeatable=True, own={"hw_decoder_load": 0.65})  # an engine is not asked on the CPU
     with open_loader("dali", photos, cpu) as loader:
         assert loader.fingerprint["decode"] == "cpu"
 

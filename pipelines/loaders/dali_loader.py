@@ -116,6 +116,18 @@ class DALILoader(Loader):
 
     backend = "dali"
 
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        hw_decoder_load: float | None = None
+        """Share of each batch's JPEGs for the GPU's JPEG engine, 0 to 1; CUDA kernels, fed by CPU cores, decode the
+        others, and the two do not agree in every pixel. Which of them an image meets depends on its batch, so only 0
+        (kernels alone) is repeatable: it is the default with teacher.mode cached or fill. Elsewhere it is DALI's own,
+        0.65."""
+
+        def __post_init__(self) -> None:
+            if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
+                raise ValueError(f"hw_decoder_load: got {self.hw_decoder_load}, expected a share from 0 to 1")
+
     def __init__(self, index: DatasetIndex, store: _Store, options: LoaderOptions) -> None:
         self.index, self._store, self._options = index, store, options
         self._dali = _import_dali()
@@ -124,7 +136,7 @@ class DALILoader(Loader):
         # memory for the JPEG engine is taken at once for a whole batch of these: a few huge originals must not decide
         height, width = np.quantile(index.sizes, 0.95, axis=0).tolist() if len(index) else (0, 0)
         self._usual_size = (round(height), round(width))
-        share = options.hw_decoder_load
+        share = self.own_options(options).hw_decoder_load
         self._engine_share = (0.0 if options.repeatable else ENGINE_SHARE) if share is None else share
         if options.repeatable and self._engine_share and options.device.type == "cuda":
             raise ValueError(
@@ -378,7 +390,7 @@ class _Shape:
 
     Attributes:
         batch_size, sizes: of the Work.
-        workers, device, hw_decoder_load: see LoaderOptions.
+        workers, device: see LoaderOptions. hw_decoder_load: see DALILoader.Options.
         usual_size: height and width that hardly any image exceeds: the GPU's decoder prepares for them.
         exact: every image is decoded to exactly the box of all its renderings; otherwise boxes are cut out of
             what was decoded, and filled up with black.
