@@ -276,8 +276,7 @@ def _fill(
     check_range(config, loader, family, teacher)
     lock = None
     if accelerator.is_main_process:
-        lock = TeacherCache.lock_for_filling(config.cache.path)
-        TeacherCache.create(config.cache.path, manifest, teacher.classifier)
+        lock = TeacherCache.begin_filling(config.cache.path, manifest, teacher.classifier)
     accelerator.wait_for_everyone()
     cache = TeacherCache.open(config.cache.path)
     return FillingTeacher(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,12 +75,16 @@ def fill(parts: Parts, *, repair: bool = False) -> None:
     config, accelerator, manifest = parts.config, parts.accelerator, parts.manifest
     assert config.cache.path is not None
     check_range(config, parts.loader, parts.family, parts.teacher)
-    lock = None
+    lock: AbstractContextManager[object] = nullcontext()
     if accelerator.is_main_process:
-        lock = TeacherCache.lock_for_filling(config.cache.path)
-        TeacherCache.create(config.cache.path, manifest, parts.teacher.classifier)
-    accelerator.wait_for_everyone()
-    cache = TeacherCache.open(config.cache.path)
+        lock = TeacherCache.begin_filling(config.cache.path, manifest, parts.teacher.classifier)
+    with lock:
+        accelerator.wait_for_everyone()
+        _fill_missing(parts, TeacherCache.open(config.cache.path), repair=repair)
+
+
+def _fill_missing(parts: Parts, cache: TeacherCache, *, repair: bool) -> None:
+    config, accelerator, manifest = parts.config, parts.accelerator, cache.manifest
     if repair and accelerator.is_main_process:
         _reopen_damaged(parts, cache)
     accelerator.wait_for_everyone()
@@ -93,8 +98,6 @@ def fill(parts: Parts, *, repair: bool = False) -> None:
     for first in range(0, len(missing), config.cache.views_a_pass):
         _fill_views(parts, cache, missing[first : first + config.cache.views_a_pass], bar)
     bar.close()
-    if lock:
-        lock.close()
 
 
 def _reopen_damaged(parts: Parts, cache: TeacherCache) -> None:

@@ -332,6 +332,18 @@ class TeacherCache:
 
     # ---- writing
 
+    @classmethod
+    def begin_filling(cls, path: Path, manifest: Manifest, classifier: nn.Linear) -> Lock:
+        """Take the right to write to a cache and begin it, unless it was begun. Raises ValueError as `lock_for_filling`
+        and `create` do; the lock is free again then."""
+        lock = cls.lock_for_filling(path)
+        try:
+            cls.create(path, manifest, classifier)
+        except BaseException:
+            lock.close()
+            raise
+        return lock
+
     @staticmethod
     def lock_for_filling(path: Path) -> Lock:
         """Take the right to write to a cache, begun or not, until the lock is closed.
