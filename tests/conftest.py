@@ -7,6 +7,7 @@ import logging
 import os
 import runpy
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,11 @@ from fastdcd import config, config_file
 from fastdcd.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
+# torch's compiler keeps code in a folder of the machine, and takes what another instruction set was made for
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/inductor-{os.getuid()}-{capability}"
+    )
 # Real data for the tests, with imagenet-sample/ in it. Not needed: parts of scikit-learn's photographs do as well.
 DATA = Path(os.environ.get("FASTDCD_TEST_DATA", ROOT.parent / "shared" / "data"))
 

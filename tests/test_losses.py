@@ -52,7 +52,8 @@ def paper(z_s: Tensor, z_t: Tensor, tau: Tensor, labels: Tensor | None = None, b
         e = e * ((labels[:, None] != labels) | torch.eye(len(s), dtype=torch.bool))
     p = e / e.sum(1, keepdim=True)
     q = (e / e.sum(0, keepdim=True)).T
-    ratio = torch.where(q > 0, q.clamp_min(1e-300).log() - p.clamp_min(1e-300).log(), 0.0)
+    tiny = torch.finfo(q.dtype).tiny
+    ratio = torch.where(q > 0, q.clamp_min(tiny).log() - p.clamp_min(tiny).log(), 0.0)
     return (-p.diagonal().log() + ALPHA * (q * ratio).sum(1)).mean()
 
 
