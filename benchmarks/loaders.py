@@ -1,7 +1,8 @@
 """Throughput of the loaders beside their stock counterparts: same images, same output, alternated in one run.
 
 Every variant makes training crops of 224 px, uint8, two workers. Epochs of all variants take turns, so that a busy
-machine slows them alike; ratios are of medians. Run it on an idle machine for absolute figures.
+machine slows them alike; ratios are of medians. Run it on an idle machine for absolute figures. Images per second of
+processor time, of the process and its workers, move less on a busy one, and say what one core is worth.
 
     python benchmarks/loaders.py --source IMAGENET_CLASS_FOLDERS [--images 1000] [--rounds 5]
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
 
+import psutil
 import torch
 
 from pipelines.base import LoaderOptions, open_loader
@@ -35,6 +37,7 @@ from pipelines.plan import EpochPlan, order
 from pipelines.views import RandomResizedCrop
 
 SIZE, BATCH, WORKERS = 224, 64, 2
+PER_SHARD = 250
 Epoch = Callable[[], int]  # runs one epoch and returns the number of images seen
 
 
@@ -68,6 +71,26 @@ def stock_torchvision(path: Path, exits: ExitStack) -> Epoch:
         datasets.ImageFolder(path, transform), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True
     )
     return lambda: sum(len(images) for images, _ in loader)
+
+
+def stock_webdataset(tars: list[str]) -> Epoch:
+    """The webdataset package, PIL and torchvision, as in its README; every worker has tars of its own."""
+    import webdataset
+    from torchvision.transforms import v2
+
+    transform = v2.Compose([v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    samples = webdataset.WebDataset(tars, shardshuffle=len(tars)).shuffle(1000).decode("pilrgb")
+    loader = webdataset.WebLoader(
+        samples.to_tuple("jpg", "cls").map_tuple(transform, int).batched(BATCH, collation_fn=_collate),
+        batch_size=None,
+        num_workers=WORKERS,
+        persistent_workers=True,
+    )
+    return lambda: sum(len(images) for images, _ in loader)
+
+
+def _collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])
 
 
 def stock_dali(reader: Callable[[Any], Any], count: int) -> Epoch:
@@ -157,10 +180,12 @@ def variants(root: Path, scratch: Path, exits: ExitStack, only: list[str]) -> It
         yield "originals: stock DALI", stock_dali(lambda fn: fn.readers.file(**folder), count)
         yield "originals: ours, dali", ours("dali", root, exits)
     if "500 px shards" in only:
-        to_shards(job("shards"), Storage(max_size=500))
+        to_shards(job("shards"), Storage(max_size=500), shard_size=PER_SHARD)
         tars = sorted(map(str, (scratch / "shards").glob("*.tar")))
         indexes = [str(Path(tar).with_suffix(".idx")) for tar in tars]
         shards = {"paths": tars, "index_paths": indexes, "ext": ["jpg", "cls"], "random_shuffle": True}
+        yield "500 px shards: stock webdataset", stock_webdataset(tars)
+        yield "500 px shards: ours, torch", ours("torch", scratch / "shards", exits)
         yield "500 px shards: stock DALI", stock_dali(lambda fn: fn.readers.webdataset(**shards), count)
         yield "500 px shards: ours, dali", ours("dali", scratch / "shards", exits)
     for name, max_size, jpeg in (
@@ -189,23 +214,34 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     rates: dict[str, list[float]] = {}
+    per_cpu: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as exits:
         scratch = Path(folder)
         root = prepare(arguments.source, scratch, arguments.images)
         epochs = dict(variants(root, scratch, exits, arguments.only))
         for number in range(arguments.rounds + 1):  # the first round warms up and compiles
             for name, epoch in epochs.items():
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), cpu_seconds()
                 seen = epoch()
-                rate = seen / (time.perf_counter() - start)
+                rate, on_cpu = seen / (time.perf_counter() - start), seen / (cpu_seconds() - busy)
                 if number:
                     rates.setdefault(name, []).append(rate)
+                    per_cpu.setdefault(name, []).append(on_cpu)
             print(f"round {number} of {arguments.rounds}", file=sys.stderr)
-    write_results(arguments, rates)
+    write_results(arguments, rates, per_cpu)
     return 0
 
 
-def write_results(arguments: argparse.Namespace, rates: dict[str, list[float]]) -> None:
+def cpu_seconds() -> float:
+    """Processor time of this process and the workers that it has."""
+    own = psutil.Process()
+    times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
+
+
+def write_results(
+    arguments: argparse.Namespace, rates: dict[str, list[float]], per_cpu: dict[str, list[float]]
+) -> None:
     """The table in Markdown, and all rates in JSON with what they were measured on."""
     about = {
         "command": f"python benchmarks/loaders.py --source DIR --images {arguments.images} --rounds {arguments.rounds}",
@@ -220,9 +256,11 @@ def write_results(arguments: argparse.Namespace, rates: dict[str, list[float]]) 
     }
     median = {name: statistics.median(values) for name, values in rates.items()}
     base = median.get("originals: stock torchvision")
+    worth = {name: statistics.median(values) for name, values in per_cpu.items()}
     lines = [
-        "| data: loader | images/s, median (spread) | to stock on the same data | to stock torchvision |",
-        "|---|---|---|---|",
+        "| data: loader | images/s, median (spread) | to stock on the same data | to stock torchvision "
+        "| images per CPU second | to stock on the same data |",
+        "|---|---|---|---|---|---|",
     ]
     stock = None
     for name, values in rates.items():
@@ -231,10 +269,14 @@ def write_results(arguments: argparse.Namespace, rates: dict[str, list[float]]) 
         paired = [a / b for a, b in zip(values, rates[stock], strict=True)] if stock else []
         own = f"{statistics.median(paired):.2f}" if paired and stock != name else ""
         whole = f"{median[name] / base:.2f}" if base else ""
-        lines.append(f"| {name} | {median[name]:.0f} ({min(values):.0f}-{max(values):.0f}) | {own} | {whole} |")
+        core = f"{worth[name] / worth[stock]:.2f}" if stock and stock != name else ""
+        lines.append(
+            f"| {name} | {median[name]:.0f} ({min(values):.0f}-{max(values):.0f}) | {own} | {whole} "
+            f"| {worth[name]:.0f} | {core} |"
+        )
     head = "\n".join(f"- {key}: {json.dumps(value)}" for key, value in about.items())
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out.with_suffix(".json"), {**about, "rates": rates})
+    write_json(arguments.out.with_suffix(".json"), {**about, "rates": rates, "per_cpu": per_cpu})
     text = (
         "# Loaders on the CPU\n\nCompare rows, not machines. Ratios to stock are "
         f"medians over rounds.\n\n{head}\n\n" + "\n".join(lines) + "\n"
