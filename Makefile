@@ -25,6 +25,7 @@ bench: $(VENV)/.ready  ## what has been measured, what has not, and the command 
 
 lint: $(VENV)/.ready-test  ## style, formatting, types
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff check --preview --select PLW1514 fastdcd pipelines tools benchmarks  # files name their encoding
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 

@@ -139,7 +139,7 @@ def folders(arguments: argparse.Namespace) -> Path:
     if (out / "complete").is_file():
         return out
     for part, source in (("train", section.train), ("val", section.val)):
-        classes = json.loads((source / "index.json").read_text())["classes"]
+        classes = json.loads((source / "index.json").read_text(encoding="utf-8"))["classes"]
         pixels, labels = np.load(source / "images.npy", mmap_mode="r"), np.load(source / "labels.npy")
         for name in classes:
             (out / part / name).mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,7 @@ class Cell(NamedTuple):
 
 def teacher_accuracy(arguments: argparse.Namespace) -> float:
     (checkpoint,) = [path for _, path in load(arguments, []).teacher.members if path]
-    found: float = json.loads((checkpoint.parent / "summary.json").read_text())["top1"]
+    found: float = json.loads((checkpoint.parent / "summary.json").read_text(encoding="utf-8"))["top1"]
     return found
 
 

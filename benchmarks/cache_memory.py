@@ -29,7 +29,7 @@ from pipelines.plan import order
 
 def own_bytes() -> int:
     """Memory of this process that is not of files."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
     raise AssertionError("no RssAnon")

@@ -49,7 +49,7 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """What it wrote; {} if it is not finished."""
         path = self.folder / "summary.json"
-        found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return found if found.get("finished") else {}
 
 

@@ -98,7 +98,7 @@ def peak(rows: int, device: str, form: str) -> int:
 
 
 def _resident() -> int:
-    pages = Path("/proc/self/statm").read_text().split()[1]
+    pages = Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -281,7 +281,7 @@ def write_results(
         "# Loaders on the CPU\n\nCompare rows, not machines. Ratios to stock are "
         f"medians over rounds.\n\n{head}\n\n" + "\n".join(lines) + "\n"
     )
-    arguments.out.with_suffix(".md").write_text(text)
+    arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
 

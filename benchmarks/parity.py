@@ -65,7 +65,7 @@ def main() -> int:
         command += ["--json", str(scratch / "figures.json"), "--set", f"data.classes={arguments.classes}"]
         command += [f"teacher.checkpoint={arguments.teacher}", "data.workers=2"]
         subprocess.run(command, check=True)
-        rows = json.loads((scratch / "figures.json").read_text())
+        rows = json.loads((scratch / "figures.json").read_text(encoding="utf-8"))
     lines = [HEAD, "|---|---|---|---|---|---|"]
     for row in rows:
         pixels = f"{row['difference_mean']:.3f} ({row['difference_worst']:.2f})"

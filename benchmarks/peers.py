@@ -85,7 +85,7 @@ class Program:
 def ours(name: str, work: Path, tree: dict[str, Any], images: int, beside: str = "") -> Program:
     """One of our configs. Fills its cache first, outside the measurement."""
     file = work / f"{name.replace(' ', '-').replace(',', '')}.yaml"
-    file.write_text(yaml.safe_dump(tree))
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
     if tree.get("teacher", {}).get("mode") == "cached":
         subprocess.run(
             [sys.executable, str(ROOT / "tools/cache_teacher.py"), "fill", "--config", str(file)],
@@ -97,7 +97,7 @@ def ours(name: str, work: Path, tree: dict[str, Any], images: int, beside: str =
 
 
 def _our_epochs(folder: Path, printed: str) -> list[float]:
-    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     marks = [0.0, *(line["seconds"] for line in lines if line["kind"] == "epoch")]
     return np.diff(marks).tolist()
 
@@ -161,7 +161,9 @@ def ffcv_imagenet(name: str, checkout: Path | None, arguments: list[str], images
 
 
 def _ffcv_epochs(folder: Path, printed: str) -> list[float]:
-    lines = [json.loads(line) for file in folder.glob("*/log") for line in file.read_text().splitlines()]
+    lines = [
+        json.loads(line) for file in folder.glob("*/log") for line in file.read_text(encoding="utf-8").splitlines()
+    ]
     ends = [line for line in lines if "train_loss" in line]  # the last evaluation belongs to no epoch
     marks = [0.0, *(line["relative_time"] for line in ends)]
     return [
@@ -275,7 +277,7 @@ def photos(arguments: argparse.Namespace, work: Path) -> list[Program]:
             place.mkdir(parents=True, exist_ok=True)
             (place / file.name).symlink_to(file.absolute())
     names = work / "classes.txt"
-    names.write_text("".join(f"{name}\n" for name in classes))
+    names.write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
 
     torch.manual_seed(0)
     count = len(classes)

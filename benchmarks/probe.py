@@ -44,7 +44,7 @@ def main() -> int:
 
 def measure(run: Path, data: Path) -> dict[str, Any]:
     """Both accuracies of one run's student on the test set."""
-    summary = json.loads((run / "summary.json").read_text())
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     checkpoint, device = run / "student.safetensors", torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = linear_probe.settings(checkpoint, [])
     frozen = linear_probe.load_frozen(cfg.student, checkpoint, device)

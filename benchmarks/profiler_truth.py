@@ -65,7 +65,7 @@ def main() -> int:
         raise ValueError(f"{TESTS}: no test ran; see above")
     before = record.RESULTS / f"{arguments.name}.json"
     if arguments.add and before.is_file():
-        for name, passed in json.loads(before.read_text())["passed"].items():
+        for name, passed in json.loads(before.read_text(encoding="utf-8"))["passed"].items():
             repeat.passed[name] = [*passed, *repeat.passed[name]]
     lines = ["| planted | named |", "|---|---|"]
     for name, passed in repeat.passed.items():

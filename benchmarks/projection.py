@@ -51,7 +51,7 @@ def profiles(arguments: argparse.Namespace, folder: Path, count: int, *, togethe
     statuses = [process.wait() for process in started]
     if any(statuses):
         raise ValueError("a profile failed; run tools/profile_throughput.py with this config to see why")
-    return [json.loads(file.read_text()) for file in files if file.exists()]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
 
 
 def main() -> int:

@@ -44,7 +44,7 @@ def environment() -> dict[str, Any]:
     processor = next(
         (
             line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
             if line.startswith("model name")
         ),
         platform.processor(),
@@ -71,5 +71,5 @@ def write(name: str, results: dict[str, Any], table: str) -> None:
         f"`{found['command']}` on {found['gpu'] or found['processor']}, {found['cores']} cores, "
         f"{found['threads']} threads, torch {found['versions']['torch']}; load average {found['load_average']}."
     )
-    (RESULTS / f"{name}.md").write_text(f"{table}\n\n{about}\n")
+    (RESULTS / f"{name}.md").write_text(f"{table}\n\n{about}\n", encoding="utf-8")
     print(f"\n{table}\n\n{about}")

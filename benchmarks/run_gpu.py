@@ -199,7 +199,7 @@ def start(part: Part, results: Path, *, tiny: bool) -> str | None:
 def complete(results: Path, part: Part) -> bool:
     """Whether its results are there; a part that takes several calls says itself that it is not through."""
     path = results / f"{part.name}.json"
-    return path.is_file() and bool(json.loads(path.read_text()).get("complete", True))
+    return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("complete", True))
 
 
 # ---- what has been measured
@@ -209,7 +209,7 @@ def measured(results: Path) -> str:
     """Each result: when and on what it was measured, what it is, and the command that measures it."""
     text = [f"MEASURED ({os.path.relpath(results)})"]
     for path in sorted(results.glob("*.json")):
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         about: dict[str, Any] = found.get("environment", found)
         on = about.get("gpu") or f"{about.get('processor')}, {about.get('cores')} cores"
         when = "; ".join(each for each in (about.get("date"), f"torch {about['versions']['torch']}", on) if each)
@@ -229,7 +229,7 @@ def missing(results: Path) -> str:
 def entry(head: str, command: str) -> str:
     """A result, the first line of what its benchmark says of itself, and its command."""
     script = ROOT / "benchmarks" / Path(shlex.split(command)[1]).name
-    says = ast.get_docstring(ast.parse(script.read_text())) if script.is_file() else None
+    says = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) if script.is_file() else None
     return f"\n  {head}\n      {(says or '').partition(chr(10))[0]}\n      {command}"
 
 

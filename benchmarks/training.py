@@ -49,10 +49,10 @@ def second_epoch(cfg: Config) -> Epoch:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Add one object to a file of JSON lines."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

@@ -63,12 +63,12 @@ def main() -> int:
         if method != ONLINE or count == epochs
     ]
     log = arguments.folder / "runs.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
     done = {(row["method"], row["views"], row["seed"]) for row in rows}
     missing = [] if arguments.no_train else [cell for cell in cells if cell not in done]
     for cell in tqdm(missing, "runs", disable=None):
         rows.append(run(arguments, *cell))
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
     wanted = set(cells)
     rows = [row for row in rows if (row["method"], row["views"], row["seed"]) in wanted]
@@ -109,7 +109,7 @@ def fill(arguments: argparse.Namespace, epochs: int) -> None:
                 family = experiment.view_family(mirrored)
                 manifest = expected_manifest(mirrored, parts.loader, family, parts.teacher)
                 path = arguments.folder / cache / "manifest.json"
-                tree = json.loads(path.read_text())
+                tree = json.loads(path.read_text(encoding="utf-8"))
                 write_json(path, {**tree, "fingerprint": dict(manifest.fingerprint)})
         (arguments.folder / cache / "filled").touch()
 

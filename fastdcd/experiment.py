@@ -74,7 +74,7 @@ def _stay_near(device: torch.device) -> None:
     address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
     said = PCI / address / "local_cpulist"  # as 0-15,64-79
     near: set[int] = set()
-    for part in said.read_text().strip().split(",") if said.is_file() else []:
+    for part in said.read_text(encoding="utf-8").strip().split(",") if said.is_file() else []:
         first, _, last = part.partition("-")
         if first:
             near.update(range(int(first), int(last or first) + 1))

@@ -125,7 +125,7 @@ class MetricsWriter:
             kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
             with replace_file(path) as file:
                 file.write("".join(line + "\n" for line in kept).encode())
-            self._file = path.open("a")
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, *, epoch: int, step: int, **values: Any) -> None:
         """One line: kind is train, eval or epoch; step counts optimizer steps done since the start.
@@ -161,5 +161,5 @@ def _lines(path: Path) -> list[str]:
     """Whole lines of a file; a last line cut short by a crash is dropped."""
     if not path.is_file():
         return []
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     return text[: text.rfind("\n") + 1].splitlines()

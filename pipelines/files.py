@@ -211,14 +211,18 @@ def memory_bytes() -> int:
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     files = {"memory": "memory/{}/memory.limit_in_bytes", "": "{}/memory.max"}  # by controllers: version 1, 2
     own = Path("/proc/self/cgroup")
-    for line in own.read_text().splitlines() if own.is_file() else []:
+    for line in own.read_text(encoding="utf-8").splitlines() if own.is_file() else []:
         _, controllers, name = line.split(":", 2)
         if controllers in files:
             # a limit may be an ancestor's, and in a container the root is all there is
             for group in (Path(name), *Path(name).parents):
                 with suppress(OSError, ValueError):  # not there; "max"
                     limits.append(
-                        int(Path("/sys/fs/cgroup", files[controllers].format(str(group)[1:])).read_text())
+                        int(
+                            Path("/sys/fs/cgroup", files[controllers].format(str(group)[1:])).read_text(
+                                encoding="utf-8"
+                            )
+                        )
                     )
     return min(limits)
 

@@ -91,7 +91,7 @@ class DatasetIndex:
             raise ValueError(f"{folder}: no index.json; expected a folder written by tools/convert.py")
         damaged = f"{folder}: the index is damaged or cut off"
         try:
-            description = json.loads(path.read_text())
+            description = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{damaged} ({path.name}: {error}); convert the dataset again") from None
         if description.get("format") != FORMAT:
@@ -102,7 +102,7 @@ class DatasetIndex:
             arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in description["arrays"]}
         except (ValueError, EOFError) as error:
             raise ValueError(f"{damaged} ({error}); convert the dataset again") from None
-        names = (folder / "names.txt").read_text().split("\n") if description["count"] else []
+        names = (folder / "names.txt").read_text(encoding="utf-8").split("\n") if description["count"] else []
         if len(names) != description["count"]:
             raise ValueError(f"{damaged} (names.txt); convert the dataset again")
         index = cls(classes=tuple(description["classes"]), names=names, **arrays)

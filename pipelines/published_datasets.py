@@ -58,7 +58,7 @@ def _stl10_recognised(path: Path) -> bool:
 
 def _stl10(path: Path, options: LoaderOptions) -> Pair:
     root = _stl10_root(path)
-    classes = tuple((root / "class_names.txt").read_text().split())
+    classes = tuple((root / "class_names.txt").read_text(encoding="utf-8").split())
     return Pair(*(_stl10_part(root, part, classes, options) for part in ("train", "test")))
 
 

@@ -23,7 +23,7 @@ def installed(*names: str) -> dict[str, str]:
 
 def loaded_turbojpeg() -> str:
     """Version of the TurboJPEG library in this process, "unknown" if it does not say; it must be loaded."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         path = line.partition("/")
         if "libturbojpeg" in path[2]:
             said = re.search(rb"libjpeg-turbo version ([0-9.]+)", Path(f"/{path[2]}").read_bytes())

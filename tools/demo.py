@@ -44,7 +44,7 @@ def main() -> int:
             distil(student, seed)
     table = results()
     print("\n" + table)
-    (RUNS / "demo.md").write_text(table + "\n")
+    (RUNS / "demo.md").write_text(table + "\n", encoding="utf-8")
     picture(RUNS / "demo.png")
     print(
         f"\n{time.perf_counter() - started:.0f} s in all. Table: {RUNS / 'demo.md'}, picture: {RUNS / 'demo.png'}"
@@ -82,14 +82,14 @@ def distil(student: str, seed: int) -> None:
 
 
 def summary(run: str) -> dict[str, float]:
-    found: dict[str, float] = json.loads((RUNS / run / "summary.json").read_text())
+    found: dict[str, float] = json.loads((RUNS / run / "summary.json").read_text(encoding="utf-8"))
     return found
 
 
 def results() -> str:
     """One table: mean and spread of the seeds, time, and how often the teacher looked at an image."""
     teacher = summary("teacher")
-    views = json.loads(Path("data/digits-cache/manifest.json").read_text())
+    views = json.loads(Path("data/digits-cache/manifest.json").read_text(encoding="utf-8"))
     lines = [
         "| student | top-1 %, mean of 3 seeds | lowest to highest | training, s | teacher forward passes, images |",
         "|---|---|---|---|---|",
@@ -142,7 +142,7 @@ def picture(path: Path) -> None:
 
 
 def read_metrics(run: str) -> list[dict[str, float]]:
-    lines = map(json.loads, (RUNS / run / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (RUNS / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [line for line in lines if line["kind"] == "eval"]
 
 

@@ -89,7 +89,7 @@ _positive.__name__ = "number above 0"  # in messages
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error}); expected a file written by --json") from None
     got = found.get("format") if isinstance(found, dict) else None

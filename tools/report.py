@@ -90,14 +90,18 @@ def names(folders: list[Path]) -> list[str]:
 
 def read(folder: Path, name: str) -> Run:
     """Read a run, finished or not. Raises ValueError for lines that are not JSON."""
-    text = (folder / "metrics.jsonl").read_text()
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1].splitlines()  # a last line may be half written
     try:
         lines = [json.loads(line) for line in whole]
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder / 'metrics.jsonl'}: not JSON ({error})") from None
     summary = folder / "summary.json"
-    return Run(name=name, lines=lines, summary=json.loads(summary.read_text()) if summary.is_file() else {})
+    return Run(
+        name=name,
+        lines=lines,
+        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
+    )
 
 
 def figures(runs: list[Run]) -> list[Figure]:

@@ -176,7 +176,7 @@ class TeacherCache:
                 f"--set cache.path={path}"
             )
         try:
-            tree = json.loads(manifest_path.read_text())
+            tree = json.loads(manifest_path.read_text(encoding="utf-8"))
             known = tree.pop("format") == FORMAT and tree["dtype"] in CODECS
             digest = tree.pop("classifier", "")
             manifest = Manifest(**tree)

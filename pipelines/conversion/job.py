@@ -305,7 +305,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Note the settings in the folder before the first shard is in it."""
     note = out / ".settings.json"
     if note.is_file():
-        there = json.loads(note.read_text())
+        there = json.loads(note.read_text(encoding="utf-8"))
         if there != settings:
             raise ValueError(other_settings(out, there, settings))
     elif out.is_dir() and any(out.iterdir()):

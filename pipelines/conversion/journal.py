@@ -61,7 +61,7 @@ class Journal:
 
     def _lines(self) -> list[dict[str, Any]]:
         lines = []
-        for line in self._path.read_text().splitlines():
+        for line in self._path.read_text(encoding="utf-8").splitlines():
             try:
                 lines.append(json.loads(line))
             except ValueError:
@@ -70,14 +70,14 @@ class Journal:
 
     def append(self, part: dict[str, Any]) -> None:
         """Put a part on disk. `parts` is not kept up to date: memory does not grow with the dataset."""
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(part) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def read(self) -> Iterable[dict[str, Any]]:
         """All parts, one by one."""
-        with self._path.open() as file:
+        with self._path.open(encoding="utf-8") as file:
             next(file)
             yield from map(json.loads, file)
 
@@ -139,7 +139,7 @@ def finished(folder: Path, settings: Mapping[str, Any]) -> bool:
     path = folder / MANIFEST
     if not path.is_file():
         return False
-    there = json.loads(path.read_text()).get("settings", {})
+    there = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
     if there != dict(settings):
         raise ValueError(other_settings(folder, there, settings))
     return True

@@ -96,13 +96,13 @@ def shard_done(folder: Path, number: int) -> bool:
     """Whether a shard is complete."""
     path = shard_path(folder, number)
     about = path.with_suffix(".json")
-    return about.is_file() and path.is_file() == bool(json.loads(about.read_text())["samples"])
+    return about.is_file() and path.is_file() == bool(json.loads(about.read_text(encoding="utf-8"))["samples"])
 
 
 def shard_summaries(folder: Path) -> Iterator[dict[str, Any]]:
     """What write_shard noted of every shard: samples, data (a digest), rejects."""
     for path in sorted(folder.glob("shard-*.json")):
-        yield json.loads(path.read_text())
+        yield json.loads(path.read_text(encoding="utf-8"))
 
 
 def _add_member(file: IO[bytes], name: str, data: bytes) -> int:
@@ -155,7 +155,7 @@ def _read_idx(path: Path) -> list[dict[str, tuple[int, int]]]:
     if not idx.is_file():
         raise ValueError(f"{path}: its index {idx.name} is missing; make it with nvidia-dali's wds2idx")
     samples = []
-    for line in idx.read_text().splitlines()[1:]:
+    for line in idx.read_text(encoding="utf-8").splitlines()[1:]:
         words = line.split()
         samples.append({ext: (int(o), int(n)) for ext, o, n in zip(*(words[i::4] for i in range(3)), strict=True)})
     return samples
