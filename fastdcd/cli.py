@@ -6,17 +6,26 @@ import importlib
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastdcd import launchers
 
-def run(main: Callable[[], int]) -> NoReturn:
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # all but line breaks
+
+
+def run(main: Callable[[], int], *, again: str = "the same command goes on where this one was") -> NoReturn:
     """Run `main` and exit with what it returns: 0 done, 1 failed, 2 bad usage or input.
 
     ValueError and what the file system refuses are the user's to mend: their message, one line each, goes
-    to stderr. Anything else is our bug and keeps its traceback.
+    to stderr, once for all processes of a machine. Anything else is our bug and keeps its traceback.
+
+    Args:
+        main: the program.
+        again: how to go on after a loss that is nobody's mistake.
     """
     program = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):
@@ -25,26 +34,39 @@ def run(main: Callable[[], int]) -> NoReturn:
         ):  # names that the terminal's character set lacks must not end a run
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format=f"{program}: %(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_make_printable)
+    launchers.end_with_launcher()
     try:
         code = main()
     except (ValueError, PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)  # noqa: T201
-        code = 2
+        code = _say(f"{program}: error: {error}", 2)
     except (OSError, FloatingPointError) as error:  # a full disk, a storage error; a run that diverged
-        print(f"{program}: failed: {error}", file=sys.stderr)  # noqa: T201
-        code = 1
+        code = _say(f"{program}: failed: {error}", 1)
     except RuntimeError as error:
-        if not _is_lost_process(error):
+        reason = _loss(error)
+        if reason is None:
             raise
-        print(  # noqa: T201
-            f"{program}: failed: another process of this run was lost, or did not answer ({str(error).splitlines()[0]}); "
-            "the last checkpoint is whole: go on with --resume auto",
-            file=sys.stderr,
-        )
-        code = 1
+        code = _say(f"{program}: failed: {reason}; {again}", 1)
     except KeyboardInterrupt:
         code = 1
     _leave(code)
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, as in the name of a file, do nothing to a terminal."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
+def _say(text: str, code: int) -> int:
+    if not launchers.reported(printable(text)):
+        print(printable(text), file=sys.stderr)  # noqa: T201
+    return code
 
 
 def _leave(code: int) -> NoReturn:
@@ -62,11 +84,27 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _is_lost_process(error: RuntimeError) -> bool:
-    """Whether communication failed. Gloo says so in words only."""
+def _loss(error: RuntimeError) -> str | None:
+    """What was lost, if an error says so: another process, a worker, a port. Libraries say it in words only."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    if "EADDRINUSE" in text or "address already in use" in text.lower():
+        port = os.environ.get("MASTER_PORT", "")
+        return (
+            f"port {port} of this machine is taken, by another run perhaps: give another one "
+            "(accelerate launch --main_process_port, torchrun --master_port)"
+        )
+    if text.startswith("DataLoader worker"):
+        return (
+            f"a worker process was lost ({text.rstrip('. ')}): killed for want of memory, or by somebody; fewer workers "
+            "take less memory"
+        )
+    if text.startswith("DataLoader timed out"):
+        return f"the workers gave nothing for a long time ({text}): storage hangs, perhaps"
     distributed = sys.modules.get("torch.distributed")
     known = isinstance(error, distributed.DistError) if distributed else False
-    return known or "gloo" in str(error).lower() or "connection closed by peer" in str(error).lower()
+    if known or "gloo" in text.lower() or "connection closed by peer" in text.lower():
+        return f"another process of this run was lost, or did not answer ({text})"
+    return None
 
 
 def human_time(seconds: float) -> str:

@@ -64,6 +64,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     return replace(config, run=replace(config.run, dir=Path("runs", *below)))
 
 
+def loads(text: str, source: str) -> Config:
+    """Read what `dump` gave; plugins are not imported. Raises ValueError if it is of another version."""
+    return parse_as(config_type(), _yaml(text, source), source)
+
+
 def override_tree(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     """Put values given as section.key=value into a nested dictionary. Raises ValueError for another form."""
     for override in overrides:
@@ -146,7 +151,7 @@ def parse_as(kind: type[Kind], tree: Mapping[str, Any], source: str) -> Kind:
 
 
 def dump(config: Config) -> str:
-    """The complete configuration as YAML: what a run stores, and what `load` reads again."""
+    """The complete configuration as YAML: what a run stores, and what `load` and `loads` read again."""
     tree = json.loads(TypeAdapter(type(config)).dump_json(config))
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 

@@ -33,14 +33,21 @@ def evaluate(
     config: Eval,
     *,
     size: int,
-) -> Accuracy:
-    """Accuracy of `predict` (uint8 [n, 3, size, size] -> logits [n, classes]) over centre crops of all samples."""
+    stop: Callable[[], bool] = lambda: False,
+) -> Accuracy | None:
+    """Accuracy of `predict` (uint8 [n, 3, size, size] -> logits [n, classes]) over centre crops of all samples.
+
+    `stop` is asked before each batch, by all processes; None if it says so.
+    """
     batch_size = max(config.batch_size, accelerator.num_processes)
     plan = evaluation_plan(loader.index, crop_ratio=config.crop_ratio, batch_size=batch_size)
     rank_plan = plan.for_rank((size,), rank=accelerator.process_index, world_size=accelerator.num_processes)
     totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # top-1, top-5, summed loss
     bar = ProgressBar("evaluate", len(loader.index), "images", shown=accelerator.is_main_process, leave=False)
     for batch, _ in prefetch(loader.epoch(rank_plan), lambda ids: None, accelerator.device):
+        if stop():
+            bar.close()
+            return None
         bar.update(min(len(batch.labels) * accelerator.num_processes, bar.left))
         if not len(batch.labels):
             continue

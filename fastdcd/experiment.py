@@ -12,11 +12,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast,
+    set_seed,
+)
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
 from fastdcd import models, pretrained, trackers, weights
+from fastdcd import teacher as teachers
 from fastdcd.checkpoint import Progress
 from fastdcd.config import Config, Data
 from fastdcd.config_file import dump
@@ -128,7 +134,8 @@ def open_set(section: Data, path: Path, device: torch.device, key: str, *, repea
     try:
         return open_loader(section.backend, path, options)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
+        whose = "" if str(error).startswith("data.") else f"{key}: "
+        raise ValueError(f"{whose}{error}") from None
 
 
 def view_family(config: Config) -> ViewFamily:
@@ -153,6 +160,15 @@ def epoch_plan(config: Config, loader: Loader, family: ViewFamily, epoch: int) -
         order=order(len(loader.index), seed=config.run.seed, epoch=epoch, kind=config.data.order),
         batch_size=config.data.batch_size,
     )
+
+
+def origin(train: Loader, teacher: Teacher | None) -> dict[str, str]:
+    """What data and teacher are, whatever a config calls them: kept in checkpoints, compared when one is resumed."""
+    return {
+        **(teachers.fingerprint(teacher) if teacher else {}),
+        "data.index": train.index.digest,
+        **{f"loader.{key}": value for key, value in train.fingerprint.items()},
+    }
 
 
 def steps_per_epoch(cfg: Config, index: DatasetIndex) -> int:

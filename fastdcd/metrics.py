@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipelines.files import replace_file
+from pipelines.files import explain_full_disk, replace_file
 from pipelines.prefetch import Item
+
+_log = logging.getLogger("fastdcd")
 
 
 class RunningMeans:
@@ -122,9 +126,13 @@ class MetricsWriter:
         self._accelerator = accelerator
         self._path = path
         if accelerator.is_main_process:
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
+            lines = list(read_lines(path)) if path.is_file() else []
+            for number, line in lines:
+                if line is None:
+                    _log.warning("%s: line %d is damaged and is left out", path, number)
+            kept = [line for _, line in lines if line is not None and line["step"] <= resume_step]
             with replace_file(path) as file:
-                file.write("".join(line + "\n" for line in kept).encode())
+                file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, *, epoch: int, step: int, **values: Any) -> None:
@@ -138,8 +146,9 @@ class MetricsWriter:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        self._file.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **values}) + "\n")
-        self._file.flush()
+        with explain_full_disk(self._path):
+            self._file.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **values}) + "\n")
+            self._file.flush()
         known = {f"{kind}/{name}": value for name, value in _scalars(values)}
         self._accelerator.log(known, step=step)
 
@@ -157,9 +166,15 @@ def _scalars(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield name, value
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines of a file; a last line cut short by a crash is dropped."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines()
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """The lines of a metrics.jsonl with their numbers, from 1; None for one that is damaged. A last line cut short by
+    a crash is left out."""
+    with path.open("rb") as file:
+        for number, text in enumerate(file, 1):
+            if not text.endswith(b"\n"):
+                return
+            line = None
+            with suppress(ValueError, RecursionError):  # a text that is not UTF-8 or JSON
+                line = json.loads(text)
+            whole = isinstance(line, dict) and isinstance(line.get("kind"), str) and type(line.get("step")) is int
+            yield number, line if whole else None

@@ -229,14 +229,15 @@ class FillingTeacher(CachedTeacher):
         return teacher_outputs
 
     def flush(self) -> None:
+        """All processes' rows, before the first one's checkpoint says that their steps are done."""
         self.cache.flush()
+        self.wait()
 
     def end(self) -> None:
         """Complete the view, unless a run that was killed left gaps in it: then its next epoch fills them."""
         if self.reading:
             return
         self.flush()
-        self.wait()
         if self.first and self.cache.done(self.view).all():
             self.cache.finish(self.view)
         self.wait()

@@ -12,8 +12,10 @@ if __name__ == "__main__":  # run by path: import from the checkout, not from th
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
-from fastdcd import checkpoint, cli, config_file, experiment, start_summary
-from fastdcd.checkpoint import Progress
+from accelerate import Accelerator
+
+from fastdcd import checkpoint, cli, config_file, experiment, resume, run_folder, start_summary
+from fastdcd.checkpoint import Progress, Saved
 from fastdcd.config import Config
 from fastdcd.evaluate import Accuracy, evaluate
 from fastdcd.metrics import MetricsWriter, Stopwatch
@@ -30,8 +32,14 @@ def train(cfg: Config) -> dict[str, Any]:
     Raises ValueError for anything the user can mend: a config, dataset, checkpoint or cache that does not fit.
     """
     assert cfg.run.dir is not None
-    resume_from = checkpoint.find(cfg.run.dir / "checkpoints", cfg.train.resume)
     accelerator = experiment.make_accelerator(cfg)
+    with run_folder.hold(cfg.run.dir, accelerator):
+        saved = run_folder.to_resume(cfg.run.dir, cfg.train.resume, accelerator)
+        return _train(cfg, accelerator, saved)
+
+
+def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[str, Any]:
+    assert cfg.run.dir is not None
     train_set, val_set = experiment.open_data(cfg, accelerator)
     with train_set, val_set, StopRequest(accelerator) as stop:
         # ---- the parts
@@ -42,17 +50,20 @@ def train(cfg: Config) -> dict[str, Any]:
         module = experiment.build_student(cfg, classes, teacher, accelerator)
         start_summary.check_batches(cfg, module, train_set.index, accelerator.num_processes)
         step = TrainStep(cfg, module, accelerator, steps_per_epoch=steps_per_epoch)
-        progress = Progress()
-        if resume_from:
-            progress = checkpoint.restore(resume_from, module, step.optimizer, accelerator.scaler)
-            accelerator.print(f"resumed from {resume_from}: epoch {progress.epoch}, step {progress.step}")
+        progress, origin = Progress(), experiment.origin(train_set, teacher)
+        if saved:
+            changes = resume.compare(saved, cfg, origin, steps_per_epoch=steps_per_epoch)
+            progress = checkpoint.restore(saved, module, step.optimizer, accelerator.scaler)
+            accelerator.print(f"resumed from {saved.path}: epoch {progress.epoch}, step {progress.step}")
+            for change in changes:
+                accelerator.print(f"  {change}")
         experiment.write_config(cfg, accelerator)
         mode = open_mode(cfg, train_set, family, teacher, accelerator)
         metrics = MetricsWriter(cfg.run.dir / "metrics.jsonl", accelerator, resume_step=progress.step)
         teacher_accuracy: Accuracy | None = None
         if teacher and teacher.classes and cfg.teacher.evaluate:
-            teacher_accuracy = evaluate(teacher, val_set, accelerator, cfg.eval, size=teacher.size)
-            if not progress.step:
+            teacher_accuracy = evaluate(teacher, val_set, accelerator, cfg.eval, size=teacher.size, stop=stop.poll)
+            if teacher_accuracy and not progress.step:
                 metrics.write("teacher", epoch=0, step=0, **teacher_accuracy._asdict())
         facts = start_summary.facts(
             cfg, accelerator, train_set, val_set, module, teacher, teacher_accuracy, steps_per_epoch
@@ -69,11 +80,14 @@ def train(cfg: Config) -> dict[str, Any]:
 
         def save() -> None:
             mode.flush()
-            checkpoint.save(cfg, now(), module, step.optimizer, accelerator)
+            checkpoint.save(cfg, origin, now(), module, step.optimizer, accelerator)
 
-        def evaluate_student() -> Accuracy:
+        def evaluate_student() -> Accuracy | None:
             module.eval()
-            return evaluate(module.predict, val_set, accelerator, cfg.eval, size=cfg.eval_size)
+            return evaluate(module.predict, val_set, accelerator, cfg.eval, size=cfg.eval_size, stop=stop.poll)
+
+        def limit_reached() -> bool:
+            return 0 < cfg.train.max_steps <= progress.step
 
         # ---- the loop
         bar = ProgressBar(
@@ -83,7 +97,7 @@ def train(cfg: Config) -> dict[str, Any]:
             initial=progress.step,
             shown=accelerator.is_main_process,
         )
-        while progress.epoch < cfg.train.epochs and not stop.requested:
+        while progress.epoch < cfg.train.epochs and not (stop.requested or limit_reached()):
             epoch, student_size = progress.epoch, cfg.student_size(progress.epoch)
             plan = experiment.epoch_plan(cfg, train_set, family, epoch)
             teacher_size = mode.begin(plan.view)
@@ -106,16 +120,14 @@ def train(cfg: Config) -> dict[str, Any]:
                 progress = replace(progress, step=progress.step + 1, step_in_epoch=progress.step_in_epoch + 1)
                 bar.update()
                 last = progress.step_in_epoch == plan.steps
-                votes = None
                 if progress.step % cfg.train.log_every == 0 or last:
-                    values, (waits, votes) = step.take_metrics((watch.waited, stop.vote()))  # waits for the device
+                    values, (waits,) = step.take_metrics((watch.waited,))  # waits for the device
                     rates = watch.take(waits)
                     rate = step.learning_rate(progress.step - 1)
                     metrics.write("train", epoch=epoch, step=progress.step, lr=rate, **values, **rates)
                     bar.note(_in_short(rates, accuracy))
                     step.check(values["skipped_in_a_row"])
-                stop.poll(progress.step, limit=cfg.train.max_steps, votes=votes)
-                if stop.requested or last:
+                if stop.poll() or last or limit_reached():
                     break
                 if cfg.train.checkpoint_every and progress.step % cfg.train.checkpoint_every == 0:
                     save()
@@ -125,13 +137,16 @@ def train(cfg: Config) -> dict[str, Any]:
 
             # ---- the end of an epoch
             if progress.step_in_epoch == plan.steps:
-                progress = replace(progress, epoch=epoch + 1, step_in_epoch=0)
                 mode.end()
-                if progress.epoch % cfg.eval.every == 0 or progress.epoch == cfg.train.epochs:
+                if (epoch + 1) % cfg.eval.every == 0 or epoch + 1 == cfg.train.epochs:
                     accuracy = evaluate_student()
+                    if accuracy is None:  # asked to stop: evaluated when the run goes on
+                        save()
+                        break
                     progress = replace(progress, best_top1=max(progress.best_top1, accuracy.top1))
                     metrics.write("eval", epoch=epoch, step=progress.step, **accuracy._asdict())
-                    bar.note(f"epoch {progress.epoch}, top-1 {accuracy.top1:.2f} %")
+                    bar.note(f"epoch {epoch + 1}, top-1 {accuracy.top1:.2f} %")
+                progress = replace(progress, epoch=epoch + 1, step_in_epoch=0)
                 metrics.write("epoch", epoch=epoch, step=progress.step, seconds=watch.seconds)
             save()
         bar.close()
@@ -174,4 +189,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, again="--resume auto goes on from the newest checkpoint in run.dir, if there is one")

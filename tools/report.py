@@ -15,6 +15,7 @@ from fastdcd import cli, html_report
 from fastdcd.cli import human_time
 from fastdcd.html_report import Line
 from fastdcd.losses.terms import TERMS
+from fastdcd.metrics import read_lines
 from pipelines.files import replace_file, user_path
 
 # Figures in order: key of metrics.jsonl, kind of line, title, unit. One is drawn if a run has its key.
@@ -89,13 +90,12 @@ def names(folders: list[Path]) -> list[str]:
 
 
 def read(folder: Path, name: str) -> Run:
-    """Read a run, finished or not. Raises ValueError for lines that are not JSON."""
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1].splitlines()  # a last line may be half written
-    try:
-        lines = [json.loads(line) for line in whole]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'metrics.jsonl'}: not JSON ({error})") from None
+    """Read a run, finished or not. Raises ValueError for a damaged line."""
+    lines = []
+    for number, line in read_lines(folder / "metrics.jsonl"):
+        if line is None:
+            raise ValueError(f"{folder / 'metrics.jsonl'}: line {number} is damaged; remove it")
+        lines.append(line)
     summary = folder / "summary.json"
     return Run(
         name=name,
