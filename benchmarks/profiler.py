@@ -18,6 +18,7 @@ from fastdcd import cli, config_file
 from fastdcd.profiler import measure
 from fastdcd.profiler.table import apart, overlap
 from fastdcd.profiler.verdict import verdict
+from pipelines.conversion.job import sample_to_beton
 
 
 def main() -> int:
@@ -28,7 +29,9 @@ def main() -> int:
     parser.add_argument("--name", required=True, help="results are written to benchmarks/results/NAME")
     arguments = parser.parse_args()
     cfg = config_file.load(arguments.config, arguments.set)
-    profiles = [measure.profile(cfg, seconds=arguments.seconds) for _ in range(arguments.times)]
+    profiles = [
+        measure.profile(cfg, seconds=arguments.seconds, convert=sample_to_beton) for _ in range(arguments.times)
+    ]
     overhead = [profile["profiling_overhead"] for profile in profiles]
     sums = [
         sum(each["mean"] for each in profile["stages"].values()) / profile["step"]["mean"] for profile in profiles

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.base import Loader, LoaderOptions, open_loader
+from pipelines.formats.resident import IMAGES
 from pipelines.index import DatasetIndex
-from pipelines.loaders.resident_loader import IMAGES, ResidentLoader
+from pipelines.loaders.resident_loader import ResidentLoader
 
 
 class Pair(NamedTuple):

@@ -31,6 +31,7 @@ from pipelines.base import LoaderOptions, open_loader
 from pipelines.conversion.encode import Storage
 from pipelines.conversion.job import Job, to_beton, to_resident, to_shards
 from pipelines.conversion.sources import Sources
+from pipelines.formats.stored import open_stored
 from pipelines.index import DatasetIndex
 
 CONVERT = "tools/convert.py"
@@ -83,26 +84,13 @@ def stored_pixels(kind: str, out: Path) -> dict[str, NDArray[np.uint8]]:
     """The stored image of every sample by name, through the project's own readers."""
     if kind == "resident":
         return dict(zip(DatasetIndex.load(out).names, np.load(out / "images.npy"), strict=True))
-    if kind == "shards":
-        from pipelines.formats.shards import ShardReader
-
-        reader = ShardReader(out)
-        files = reader(np.arange(len(reader.index)))
-        return {
-            name: np.array(Image.open(io.BytesIO(data.tobytes())))
-            for name, data in zip(reader.index.names, files, strict=True)
-        }
-    from pipelines.formats.beton import index_folder, read_layout
-
-    index, layout, data = DatasetIndex.load(index_folder(out)), read_layout(out), out.read_bytes()
-    images = {}
-    for row, name in enumerate(index.names):
-        payload = data[layout.pointers[row] : layout.pointers[row] + layout.lengths[row]]
-        if layout.raw[row]:
-            images[name] = np.frombuffer(payload, np.uint8).reshape(*layout.sizes[row], 3)
-        else:
-            images[name] = np.array(Image.open(io.BytesIO(payload)))
-    return images
+    index = DatasetIndex.load(out / "index" if kind == "shards" else out.with_name(f"{out.name}.index"))
+    stored = open_stored(out, index)
+    assert stored is not None
+    return {
+        name: np.ascontiguousarray(stored.pixels(row).permute(1, 2, 0).numpy())
+        for row, name in enumerate(index.names)
+    }
 
 
 # Every kind of source

@@ -184,7 +184,7 @@ def torch_shards_case(photos: Path, scratch: Path) -> Case:
     def damage(path: Path, sample: int) -> None:
         tar, members = places[sample]
         with tar.open("r+b") as file:
-            file.seek(members["jpg"][0])
+            file.seek(members["jpg"].offset)
             file.write(bytes(100))
 
     return Case("torch-shards", scratch, pixels, [record.label for record in records], (0.3, 2), damage)

@@ -28,6 +28,7 @@ from fastdcd.train import train
 from pipelines import files as files_module
 from pipelines import prefetch, rendering
 from pipelines.base import LoaderOptions, open_loader
+from pipelines.conversion.job import sample_to_beton
 from pipelines.loaders import torch_loader
 from pipelines.plan import EpochPlan
 from pipelines.views import Center
@@ -50,7 +51,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def found(cfg: config.Config, seconds: float = 1.0) -> dict[str, Any]:
-    profile = measure.profile(cfg, seconds=seconds)
+    profile = measure.profile(cfg, seconds=seconds, convert=sample_to_beton)
     profile["verdict"] = verdict(profile)
     forget_accelerate()
     return profile
@@ -267,7 +268,7 @@ def profile_with_a_slow_rank(file: Path, out: Path) -> None:
     if os.environ["RANK"] == "1":
         prefetch.prefetch = late(prefetch.prefetch, 0.05)
     measure.LEAST, alternatives.ROUNDS = 8, 1
-    profile = measure.profile(config_file.load(file), seconds=1)
+    profile = measure.profile(config_file.load(file), seconds=1, convert=sample_to_beton)
     if os.environ["RANK"] == "0":
         out.write_text(json.dumps({**profile, "verdict": verdict(profile)}))
 

@@ -18,7 +18,7 @@ from pipelines.base import Loader, LoaderOptions, open_loader
 from pipelines.conversion.encode import Storage
 from pipelines.conversion.job import Job, to_beton, to_shards
 from pipelines.conversion.sources import open_sources
-from pipelines.formats.shards import ShardReader
+from pipelines.formats.stored import open_shards
 from pipelines.images import decode, render
 from pipelines.plan import Crops, RankPlan
 
@@ -81,8 +81,8 @@ def test_class_folders_show_the_references_bytes(
 
 def test_shards_show_the_references_bytes(folder: Path, tmp_path: Path) -> None:
     to_shards(Job(sources=open_sources(folder), out=tmp_path / "shards", workers=1), Storage())
-    reader = ShardReader(tmp_path / "shards")
-    stored = [bytes(data) for data in reader(np.arange(len(reader.index)))]
+    index, samples = open_shards(tmp_path / "shards")
+    stored = [bytes(samples.read(sample)) for sample in range(len(index))]
     with open_loader("torch", tmp_path / "shards", LoaderOptions(workers=2)) as loader:
         check(loader, stored, range(4))
 

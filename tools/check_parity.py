@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,8 +28,7 @@ from fastdcd.experiment import open_set
 from fastdcd.teacher import Teacher, load_teacher
 from pipelines.base import Loader, LoaderOptions, open_loader
 from pipelines.files import user_path, write_json
-from pipelines.formats.beton import read_layout
-from pipelines.formats.shards import INDEX, ShardReader
+from pipelines.formats.stored import open_stored
 from pipelines.image_folder import user_cache
 from pipelines.images import decode, render
 from pipelines.plan import Crops, RankPlan
@@ -89,24 +89,6 @@ HEAD = (
 )
 
 
-def stored_reader(backend: str, path: Path, loader: Loader) -> Callable[[int], Tensor]:
-    """Decode what a dataset stores by torchvision, whatever the backend: id -> uint8 [3, H, W]."""
-    if backend == "ffcv":
-        layout, file = read_layout(path), np.memmap(path, np.uint8, "r")
-
-        def read(sample: int) -> Tensor:
-            data = file[layout.pointers[sample] : layout.pointers[sample] + layout.lengths[sample]]
-            if layout.raw[sample]:
-                return torch.from_numpy(data.reshape(*layout.sizes[sample], 3).copy()).permute(2, 0, 1)
-            return decode(data.tobytes())
-
-        return read
-    if (path / INDEX).is_dir():
-        reader = ShardReader(path)
-        return lambda sample: decode(reader(np.array([sample]))[0].tobytes())
-    return lambda sample: decode((path / loader.index.names[sample]).read_bytes())
-
-
 def rendered(loader: Loader, ids: NDArray[np.int64], boxes: Boxes, flips: NDArray[np.bool_], size: int) -> Tensor:
     """What a loader makes of boxes: uint8 [n, 3, size, size]."""
     rank_plan = RankPlan(
@@ -131,8 +113,11 @@ def compare(
     """The rows of one dataset. Raises ValueError if `source` lacks its images."""
     index = loader.index
     ids = np.arange(min(images, len(index)), dtype=np.int64) * len(index) // min(images, len(index))
-    read = stored_reader(backend, path, loader)
-    stored = [read(int(sample)) for sample in ids]
+    samples = open_stored(path, index)
+    if samples is None:
+        raise ValueError(f"{path}: the {backend} backend stores nothing to compare with; name another dataset")
+    with closing(samples):
+        stored = [samples.pixels(int(sample)) for sample in ids]
     for crop, family in CROPS.items():
         boxes, flips = family.boxes(0, ids, 0, index.sizes[ids])
         ours = rendered(loader, ids, boxes, flips, size)

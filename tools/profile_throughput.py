@@ -15,6 +15,7 @@ from accelerate import PartialState
 from fastdcd import cli, config_file
 from fastdcd.profiler import measure, page, projection, table
 from fastdcd.profiler.verdict import verdict
+from pipelines.conversion.job import sample_to_beton
 from pipelines.files import replace_file, user_path, write_json
 
 _EPILOG = """examples:
@@ -63,6 +64,7 @@ def main() -> int:
         seconds=arguments.seconds,
         quick=arguments.quick,
         trace=arguments.trace,
+        convert=sample_to_beton,
     )
     found["about"] |= {"config": str(arguments.config), "set": arguments.set}
     bandwidth = arguments.bandwidth * 1e9 if arguments.bandwidth else None

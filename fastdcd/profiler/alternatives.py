@@ -144,9 +144,15 @@ def _dcd_seconds(bench: Bench, teacher: Teacher, form: str) -> float:
         term.settings = kept
 
 
-def of_data(config: Config, loading: dict[str, float], sizes: list[int], seconds: float) -> Found:
+def of_data(
+    config: Config,
+    loading: dict[str, float],
+    sizes: list[int],
+    seconds: float,
+    convert: reading.TrialConversion,
+) -> Found:
     """The loader of one process, as measured in `loading`, and FFCV's with the images converted."""
-    found = reading.converted_seconds(config, tuple(sizes), seconds)
+    found = reading.converted_seconds(config, tuple(sizes), seconds, convert)
     if found is None or not loading:
         return {}
     rows = config.data.batch_size

@@ -46,12 +46,18 @@ MOST = 400
 
 
 def profile(
-    config: Config, *, seconds: float = 60.0, quick: bool = False, trace: Path | None = None
+    config: Config,
+    *,
+    seconds: float = 60.0,
+    quick: bool = False,
+    trace: Path | None = None,
+    convert: reading.TrialConversion | None = None,
 ) -> dict[str, Any]:
     """Measure a config on its data and this machine in about `seconds`. Nothing of the run is written.
 
     `quick` tries no alternatives: most advice then promises no gain, and too small a batch is not told. With
-    `trace` some steps are also recorded by torch.profiler, as a Chrome trace.
+    `trace` some steps are also recorded by torch.profiler, as a Chrome trace. With `convert` (sample_to_beton of
+    pipelines.conversion.job) a conversion is tried where data may be what a step waits for.
 
     Raises ValueError for what training would refuse.
     """
@@ -122,8 +128,10 @@ def profile(
             found |= alternatives.of_student(bench, train.index, device_peak, share)
             found |= alternatives.of_teacher(bench) | alternatives.of_loss(bench)
             waiting = together["stages"].get("data_wait", {"mean": 0.0})["mean"] / together["step"]["mean"]
-            if config.data.backend == "torch" and waiting >= WAITING and accelerator.is_main_process:
-                found |= alternatives.of_data(config, loading, [each.size for each in rank_plan.crops], share)
+            slow = config.data.backend == "torch" and waiting >= WAITING
+            if convert and slow and accelerator.is_main_process:
+                sizes = [each.size for each in rank_plan.crops]
+                found |= alternatives.of_data(config, loading, sizes, share, convert)
         if trace is not None:
             stage("trace")
             _trace(bench, train, trace)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
-import json
 import os
 import shutil
 import signal
@@ -28,9 +27,10 @@ from tqdm import tqdm
 from pipelines.conversion import beton_writer, resident_writer, shard_writer
 from pipelines.conversion.encode import Source, Storage
 from pipelines.conversion.journal import MANIFEST, Reject, finished, other_settings, write_manifest, write_rejects
-from pipelines.conversion.sources import Sources
+from pipelines.conversion.sources import Sources, open_sources
 from pipelines.files import explain_full_disk, human_bytes, write_json
 from pipelines.formats import beton, shards
+from pipelines.formats.checked import read_object
 from pipelines.index import DatasetIndex
 
 PART = 64  # sources between two marks in a journal: what a kill can cost
@@ -222,6 +222,14 @@ def to_beton(job: Job, storage: Storage) -> DatasetIndex:
         return _run(job, writer, encode)
 
 
+def sample_to_beton(
+    source: Path, classes: Sequence[str] | None, out: Path, *, images: int, max_size: int, workers: int
+) -> DatasetIndex:
+    """Convert some images of a source, to see what converting all of them would bring. Raises as to_beton does."""
+    sources = open_sources(source, classes).limit(images)
+    return to_beton(Job(sources=sources, out=out, workers=workers), Storage(max_size=max_size))
+
+
 def to_resident(job: Job, size: int | None) -> DatasetIndex:
     """Convert to a resident dataset: see to_beton. Images of several sizes need `size`."""
     job = job.own()
@@ -293,11 +301,12 @@ def to_shards(job: Job, storage: Storage, shard_size: int = SHARD) -> DatasetInd
         if not all(shard_writer.shard_done(out, number) for number in range(len(spans))):
             return None
         summaries = list(shard_writer.shard_summaries(out))
-        job.check_classes(Reject.of(row) for each in summaries for row in each["rejects"])
+        job.check_classes(Reject.of(row) for each in summaries for row in each.rejects)
         index = shard_writer.finish_shards(out, job.sources.classes)
-        rejected = write_rejects(out, (Reject.of(row) for each in summaries for row in each["rejects"]))
-        data = [each["data"] for each in summaries]
+        rejected = write_rejects(out, (Reject.of(row) for each in summaries for row in each.rejects))
+        data = [each.data for each in summaries]
         write_manifest(out, index, settings, rejected=rejected, shards=len(data), data=data)
+        shard_writer.remove_notes(out)
     return index
 
 
@@ -305,7 +314,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Note the settings in the folder before the first shard is in it."""
     note = out / ".settings.json"
     if note.is_file():
-        there = json.loads(note.read_text(encoding="utf-8"))
+        there = read_object(note, f"remove {out} and convert again")
         if there != settings:
             raise ValueError(other_settings(out, there, settings))
     elif out.is_dir() and any(out.iterdir()):

@@ -1,7 +1,8 @@
 """What a conversion keeps beside its data: a journal while it runs; rejects.csv and manifest.json at the end.
 
 The journal makes a conversion survive kill -9. It is a text file whose first line holds the settings and
-every other line one part that is safely on disk. What a crash left after the last whole line does not count.
+every other line one part that is safely on disk; each has a checksum. What a crash left after the last whole line
+does not count.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.files import replace_file, write_json
+from pipelines.formats.checked import Record, read_record
 from pipelines.index import DatasetIndex
 
 REJECTS, MANIFEST = "rejects.csv", "manifest.json"
@@ -52,37 +55,57 @@ class Journal:
         Raises ValueError if the journal there is of other settings.
         """
         self._path = path
-        lines = [] if fresh or not path.exists() else self._lines()
+        lines = [] if fresh or not path.exists() else list(self._whole_lines())
         if lines and lines[0] != settings:
             raise ValueError(other_settings(path, lines[0], settings))
         self.parts: list[dict[str, Any]] = lines[1:]
         with replace_file(path) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in [settings, *self.parts]).encode())
+            file.write("".join(map(_sealed, [dict(settings), *self.parts])).encode())
 
-    def _lines(self) -> list[dict[str, Any]]:
-        lines = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break  # cut off by a crash
-        return lines
+    def _whole_lines(self) -> Iterator[dict[str, Any]]:
+        """The lines up to the first that was cut off by a crash, or is damaged: what it spoke of is done again."""
+        with self._path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if (found := _opened(line)) is None:
+                    return
+                yield found
 
     def append(self, part: dict[str, Any]) -> None:
         """Put a part on disk. `parts` is not kept up to date: memory does not grow with the dataset."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(part) + "\n")
+            file.write(_sealed(part))
             file.flush()
             os.fsync(file.fileno())
 
-    def read(self) -> Iterable[dict[str, Any]]:
-        """All parts, one by one."""
-        with self._path.open(encoding="utf-8") as file:
+    def read(self) -> Iterator[dict[str, Any]]:
+        """All parts, one by one. Raises ValueError if the file was damaged meanwhile."""
+        with self._path.open(encoding="utf-8", errors="replace") as file:
             next(file)
-            yield from map(json.loads, file)
+            for line in file:
+                if (part := _opened(line)) is None:
+                    raise ValueError(f"{self._path}: damaged; run the same command again")
+                yield part
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
+
+
+def _sealed(line: Mapping[str, Any]) -> str:
+    """A line of a journal, with a checksum."""
+    text = json.dumps(line)
+    return json.dumps({**line, "crc32": zlib.crc32(text.encode())}) + "\n"
+
+
+def _opened(text: str) -> dict[str, Any] | None:
+    """What a line holds; None if it is not as it was written. Version 0.1.0 wrote no checksums."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict):
+        return None
+    checksum = line.pop("crc32", None)
+    return line if checksum in (None, zlib.crc32(json.dumps(line).encode())) else None
 
 
 def other_settings(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -139,7 +162,11 @@ def finished(folder: Path, settings: Mapping[str, Any]) -> bool:
     path = folder / MANIFEST
     if not path.is_file():
         return False
-    there = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+    there = read_record(path, _Manifest, f"remove {folder} and convert again").settings
     if there != dict(settings):
         raise ValueError(other_settings(folder, there, settings))
     return True
+
+
+class _Manifest(Record):
+    settings: dict[str, Any]

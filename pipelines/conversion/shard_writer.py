@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
+from numpy.typing import NDArray
+from pydantic import NonNegativeInt, PositiveInt
 
 from pipelines.conversion.encode import Source, Storage, encode_jpeg
 from pipelines.conversion.journal import Reject
-from pipelines.files import replace_file, write_json
+from pipelines.files import read_text, replace_file, write_json
+from pipelines.formats.checked import Record, parse_record, read_array, read_record
 from pipelines.formats.shards import BLOCK, INDEX, shard_path
 from pipelines.index import DatasetIndex
 
@@ -63,6 +67,7 @@ def write_shard(folder: Path, number: int, records: Iterable[ShardRecord], rejec
     """
     path = shard_path(folder, number)
     lines: list[str] = []
+    checksums: list[int] = []
     about_path = path.with_suffix(".json")
     with replace_file(path) as file:
         digest = hashlib.blake2b(digest_size=16)
@@ -81,28 +86,45 @@ def write_shard(folder: Path, number: int, records: Iterable[ShardRecord], rejec
                 line.append(f"{extension} {_add_member(file, name, data)} {len(data)} {name}")
                 digest.update(data)
             lines.append(" ".join(line))
+            checksums.append(zlib.crc32(record.data))
         file.write(bytes(2 * BLOCK))  # a tar ends with two blocks of zeros
         with replace_file(path.with_suffix(".idx")) as index:
             index.write("\n".join([f"{_IDX_VERSION} {len(lines)}", *lines, ""]).encode())
+        with replace_file(_checksums_path(path)) as sums:
+            np.save(sums, np.array(checksums, np.uint32), allow_pickle=False)
         bad = [[reject.position, reject.name, reject.reason] for reject in rejects]
         write_json(about_path, {"samples": len(lines), "data": digest.hexdigest(), "rejects": bad})
     if not lines:
         path.unlink()
         path.with_suffix(".idx").unlink()
+        _checksums_path(path).unlink()
     return len(lines)
 
 
+class Summary(Record):
+    """What write_shard noted of a shard: samples in it, a digest of their data, rejects as in Reject."""
+
+    samples: NonNegativeInt
+    data: str
+    rejects: list[tuple[int, str, str]]
+
+
+def read_summary(path: Path) -> Summary:
+    """The .json beside a shard. Raises ValueError if it is damaged."""
+    return read_record(path, Summary, f"remove it and {path.stem}.tar, and convert again")
+
+
 def shard_done(folder: Path, number: int) -> bool:
-    """Whether a shard is complete."""
+    """Whether a shard is complete. Raises ValueError if what was noted of it is damaged."""
     path = shard_path(folder, number)
     about = path.with_suffix(".json")
-    return about.is_file() and path.is_file() == bool(json.loads(about.read_text(encoding="utf-8"))["samples"])
+    return about.is_file() and path.is_file() == bool(read_summary(about).samples)
 
 
-def shard_summaries(folder: Path) -> Iterator[dict[str, Any]]:
-    """What write_shard noted of every shard: samples, data (a digest), rejects."""
+def shard_summaries(folder: Path) -> Iterator[Summary]:
+    """What write_shard noted of every shard."""
     for path in sorted(folder.glob("shard-*.json")):
-        yield json.loads(path.read_text(encoding="utf-8"))
+        yield read_summary(path)
 
 
 def _add_member(file: IO[bytes], name: str, data: bytes) -> int:
@@ -116,26 +138,40 @@ def _add_member(file: IO[bytes], name: str, data: bytes) -> int:
     return offset
 
 
+class _About(Record):
+    """The .json member of a sample."""
+
+    name: str
+    height: PositiveInt
+    width: PositiveInt
+
+
 def finish_shards(folder: Path, classes: Sequence[str]) -> DatasetIndex:
     """Index the shards of `folder` from what stands in them; ids follow shard number and place in the shard.
 
-    Raises ValueError if there are none or one lacks its .idx.
+    Raises ValueError if there are none, or one lacks its .idx or is not as that says.
     """
     paths = sorted(folder.glob("shard-*.tar"))
     if not paths:
         raise ValueError(f"{folder}: no shard-*.tar in it; python tools/convert.py shards SRC {folder}")
     labels, sizes, names, offsets, lengths = [], [], [], [], []
+    checksums: list[NDArray[np.uint32]] = []
     start = 0
     for path in paths:
+        samples = _read_idx(path)
         with path.open("rb") as file:
-            for members in _read_idx(path):
-                (offset, length) = members["jpg"]
-                about = json.loads(_read_at(file, *members["json"]))
-                labels.append(int(_read_at(file, *members["cls"])))
-                sizes.append((about["height"], about["width"]))
-                names.append(about["name"])
-                offsets.append(start + offset)
-                lengths.append(length)
+            for members in samples:
+                about = parse_record(members["json"].read(file, path), _About, path, _AGAIN)
+                label = members["cls"].read(file, path)
+                if not label.isdigit() or int(label) >= len(classes):
+                    raise ValueError(f"{path}: label {label[:20]!r}, expected 0 to {len(classes) - 1}; {_AGAIN}")
+                members["jpg"].check(file, path)
+                labels.append(int(label))
+                sizes.append((about.height, about.width))
+                names.append(about.name)
+                offsets.append(start + members["jpg"].offset)
+                lengths.append(members["jpg"].length)
+            checksums.append(_checksums(path, file, [members["jpg"] for members in samples]))
         start += path.stat().st_size
     index = DatasetIndex(
         classes=tuple(classes),
@@ -144,23 +180,80 @@ def finish_shards(folder: Path, classes: Sequence[str]) -> DatasetIndex:
         names=names,
         offsets=np.array(offsets, np.int64),
         lengths=np.array(lengths, np.int64),
+        checksums=np.concatenate(checksums),
     )
     index.save(folder / INDEX)
     return index
 
 
-def _read_idx(path: Path) -> list[dict[str, tuple[int, int]]]:
-    """The members of every sample of a shard by extension: offset and length of its bytes."""
+def remove_notes(folder: Path) -> None:
+    """Remove what only `finish_shards` needs, once the conversion is finished."""
+    for path in folder.glob(_checksums_path(Path("shard-*.tar")).name):
+        path.unlink()
+
+
+_AGAIN = "remove this shard with its .idx and .json, and convert again"
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A file in a tar, as an .idx describes it."""
+
+    name: str
+    offset: int
+    length: int
+
+    def check(self, file: IO[bytes], path: Path) -> None:
+        """Raises ValueError unless the tar's own header of this file, which has a checksum, says the same."""
+        file.seek(max(self.offset - BLOCK, 0))
+        try:
+            header = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise ValueError(
+                f"{path}: damaged, or not as its .idx says ({self.name}: {error}); {_AGAIN}"
+            ) from None
+        if (header.name, header.size) != (self.name, self.length):
+            raise ValueError(
+                f"{path}: not as its .idx says (there {self.name} of {self.length:,} bytes, here {header.name} of "
+                f"{header.size:,}); {_AGAIN}"
+            )
+
+    def read(self, file: IO[bytes], path: Path) -> bytes:
+        self.check(file, path)
+        return file.read(self.length)
+
+
+def _read_idx(path: Path) -> list[dict[str, _Member]]:
+    """The members of every sample of a shard, by extension. Raises ValueError if its .idx is missing or damaged."""
     idx = path.with_suffix(".idx")
     if not idx.is_file():
         raise ValueError(f"{path}: its index {idx.name} is missing; make it with nvidia-dali's wds2idx")
+    head, *lines = read_text(idx).splitlines() or [""]
+    if head.split()[1:] != [str(len(lines))]:
+        raise ValueError(
+            f"{idx}: damaged or cut off ({len(lines)} samples, its head says {head[:40]!r}); {_AGAIN}"
+        )
     samples = []
-    for line in idx.read_text(encoding="utf-8").splitlines()[1:]:
-        words = line.split()
-        samples.append({ext: (int(o), int(n)) for ext, o, n in zip(*(words[i::4] for i in range(3)), strict=True)})
+    for line in lines:
+        words = line.split(" ")
+        fields = [words[k : k + 4] for k in range(0, len(words), 4)]
+        members = {
+            field[0]: _Member(field[3], int(field[1]), int(field[2]))
+            for field in fields
+            if len(field) == 4 and all(word.isascii() and word.isdigit() and len(word) < 19 for word in field[1:3])
+        }
+        if not {"jpg", "cls", "json"} <= members.keys() or len(members) != len(fields):
+            raise ValueError(f"{idx}: damaged (line {line[:60]!r}); {_AGAIN}")
+        samples.append(members)
     return samples
 
 
-def _read_at(file: IO[bytes], offset: int, length: int) -> bytes:
-    file.seek(offset)
-    return file.read(length)
+def _checksums_path(tar: Path) -> Path:
+    return tar.with_name(f".{tar.stem}.crc32.npy")
+
+
+def _checksums(tar: Path, file: IO[bytes], images: Sequence[_Member]) -> NDArray[np.uint32]:
+    """CRC-32 of the images of a shard, as noted when it was written; else (version 0.1.0) of what is there now."""
+    if _checksums_path(tar).is_file():
+        return read_array(_checksums_path(tar), np.uint32, (len(images),), "remove it and convert again")
+    return np.array([zlib.crc32(image.read(file, tar)) for image in images], np.uint32)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,10 +76,13 @@ def read_layout(path: Path) -> BetonLayout:
     """
     ffcv = import_ffcv()
     broken = f"{path}: not a whole .beton file; copy or convert it again"
+    _check_header(path, ffcv.types, broken)
     try:
         reader = ffcv.reader.Reader(str(path))
-    except (AssertionError, ValueError, IndexError, KeyError, OSError, TypeError, MemoryError) as error:
-        raise ValueError(f"{broken} ({error})") from error
+    except (AssertionError, ArithmeticError, AttributeError, LookupError, ValueError) as error:
+        raise ValueError(f"{broken} ({_in_a_line(error)})") from None
+    except (OSError, TypeError, MemoryError) as error:
+        raise ValueError(f"{broken} ({_in_a_line(error)})") from None
     image_fields = [n for n, f in reader.handlers.items() if isinstance(f, ffcv.fields.RGBImageField)]
     label_fields = [n for n, f in reader.handlers.items() if isinstance(f, ffcv.fields.IntField)]
     if len(image_fields) != 1 or len(label_fields) != 1:
@@ -104,4 +108,28 @@ def read_layout(path: Path) -> BetonLayout:
     raw = image["mode"] == RAW
     if (lengths[raw] != sizes[raw].astype(np.int64).prod(1) * 3).any():
         raise ValueError(f"{broken} (a raw image is not as long as its height and width say)")
+    size = path.stat().st_size
+    if len(image) and (sizes.min() < 1 or pointers.min() < 0 or lengths.min() < 1 or lengths.max() > size):
+        raise ValueError(f"{broken} (an image without pixels or bytes)")
+    if len(image) and (pointers > size - lengths).any():
+        raise ValueError(f"{broken} (an image ends behind the end of the file)")
     return BetonLayout(labels=labels, sizes=sizes, raw=raw, pointers=pointers, lengths=lengths)
+
+
+def _check_header(path: Path, types: Any, broken: str) -> None:
+    """Raises ValueError unless the counts of the header fit into the file: FFCV would allocate what they say."""
+    size, start = path.stat().st_size, types.HeaderType.itemsize
+    with path.open("rb") as file:
+        data = file.read(start)
+    if len(data) < start:
+        raise ValueError(f"{broken} (it has {size:,} bytes)")
+    header = np.frombuffer(data, types.HeaderType)[0]
+    fields, samples = int(header["num_fields"]), int(header["num_samples"])
+    if start + fields * types.FieldDescType.itemsize + samples > size or int(header["alloc_table_ptr"]) > size:
+        raise ValueError(
+            f"{broken} (its header says {samples:,} samples, {fields:,} fields; it has {size:,} bytes)"
+        )
+
+
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -32,8 +32,8 @@ from torch import Tensor
 
 from pipelines import versions
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
-from pipelines.files import path_of, read_file
-from pipelines.formats.shards import INDEX, ShardReader
+from pipelines.formats.shards import INDEX
+from pipelines.formats.stored import FileSamples, PackedSamples, StoredSamples, open_shards
 from pipelines.image_folder import index_image_folder, same_classes
 from pipelines.images import Encoded, Pixels, is_plain_jpeg, read_pixels
 from pipelines.index import DatasetIndex
@@ -41,7 +41,6 @@ from pipelines.plan import RankPlan
 from pipelines.prefetch import copy_stream
 
 Fetched = tuple[list[Encoded], list[DecodeError]]  # files for DALI, and what is wrong with those shown black
-Fetch = Callable[[NDArray[np.int64]], Fetched]
 
 # Values of a teacher cache's fingerprint: another wording would refuse every cache ever filled. ("0 by the engine" was
 # said of an earlier pipeline, whose engine took part all the same.)
@@ -63,54 +62,6 @@ def _import_dali() -> ModuleType:
     return module
 
 
-class _Store(Protocol):
-    """Where encoded files come from."""
-
-    def read(self, sample_id: int) -> Encoded:
-        """The encoded file of a sample. Raises OSError or ValueError."""
-        ...
-
-    def begin(self, ids: NDArray[np.int64], fetch: Fetch) -> list[Callable[[], Fetched]]:
-        """Get the files of a batch on their way; each result is `fetch` of a part of `ids`."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class _Shards:
-    """Slices of memory-mapped tars. The kernel reads ahead, so no thread needs to: it would cost more."""
-
-    def __init__(self, reader: ShardReader) -> None:
-        self._reader = reader
-
-    def read(self, sample_id: int) -> Encoded:
-        return self._reader(np.array([sample_id]))[0]
-
-    def begin(self, ids: NDArray[np.int64], fetch: Fetch) -> list[Callable[[], Fetched]]:
-        self._reader.will_need(ids)
-        return [partial(fetch, ids)]
-
-    def close(self) -> None:
-        self._reader.close()
-
-
-class _Folder:
-    """Files of a folder, read by threads: opening one waits for the storage."""
-
-    def __init__(self, root: Path, names: Sequence[str], threads: int) -> None:
-        self._root, self._names, self._parts = root, names, threads
-        self._threads = ThreadPoolExecutor(threads, "dali-read")
-
-    def read(self, sample_id: int) -> Encoded:
-        return np.frombuffer(read_file(path_of(self._root, self._names[sample_id])), np.uint8)
-
-    def begin(self, ids: NDArray[np.int64], fetch: Fetch) -> list[Callable[[], Fetched]]:
-        return [self._threads.submit(fetch, part).result for part in np.array_split(ids, self._parts)]
-
-    def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
-
-
 class DALILoader(Loader):
     """Executes plans over shards or an ImageFolder with a DALI pipeline."""
 
@@ -128,8 +79,12 @@ class DALILoader(Loader):
             if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
                 raise ValueError(f"hw_decoder_load: got {self.hw_decoder_load}, expected a share from 0 to 1")
 
-    def __init__(self, index: DatasetIndex, store: _Store, options: LoaderOptions) -> None:
-        self.index, self._store, self._options = index, store, options
+    def __init__(self, index: DatasetIndex, stored: StoredSamples, options: LoaderOptions) -> None:
+        self.index, self._stored, self._options = index, stored, options
+        # opening a file waits for the storage; of mapped files the kernel reads ahead, and a thread would cost more
+        self._threads = None
+        if not isinstance(stored, PackedSamples):
+            self._threads = ThreadPoolExecutor(max(options.workers, 1), "dali-read")
         self._dali = _import_dali()
         self._labels = torch.from_numpy(index.labels)
         self._pipeline: _Pipeline | None = None
@@ -150,10 +105,10 @@ class DALILoader(Loader):
     def open(cls, path: Path, options: LoaderOptions) -> Self:
         _import_dali()
         if (path / INDEX / "index.json").is_file():
-            reader = ShardReader(path)
-            if not same_classes(options.classes, reader.index.classes):
+            index, samples = open_shards(path)
+            if not same_classes(options.classes, index.classes):
                 raise ValueError(f"{path}: its classes differ from the list given; convert again with --classes")
-            return cls(reader.index, _Shards(reader), options)
+            return cls(index, samples, options)
         if any(path.glob("shard-*.tar")):
             raise ValueError(f"{path}: shards without an index; finish: python tools/convert.py shards SRC {path}")
         index = index_image_folder(
@@ -162,7 +117,7 @@ class DALILoader(Loader):
             cache=options.index_cache,
             on_decode_error=options.on_decode_error,
         )
-        return cls(index, _Folder(path, index.names, max(options.workers, 1)), options)
+        return cls(index, FileSamples(path, index.names), options)
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
@@ -244,10 +199,19 @@ class DALILoader(Loader):
     def _read(self, rank_plan: RankPlan, number: int) -> _Pending:
         rows = rank_plan.rows(number)
         ids = rank_plan.ids[rows]
-        files = self._store.begin(ids, self._fetch)
+        files = self._begin(ids)
         boxes = np.stack([each.boxes[rows] for each in rank_plan.crops])  # [R, n, 4]
         flips = np.stack([each.flips[rows] for each in rank_plan.crops])  # [R, n]
         return _Pending(ids, files, _place(boxes, self.index.sizes[ids]), flips)
+
+    def _begin(self, ids: NDArray[np.int64]) -> list[Callable[[], Fetched]]:
+        """Get the files of a batch on their way; each result is `_fetch` of a part of `ids`."""
+        if isinstance(self._stored, PackedSamples):
+            self._stored.will_need(ids)
+        if self._threads is None:
+            return [partial(self._fetch, ids)]
+        parts = np.array_split(ids, max(self._options.workers, 1))
+        return [self._threads.submit(self._fetch, part).result for part in parts]
 
     def _fetch(self, ids: NDArray[np.int64]) -> Fetched:
         files, errors = [], []
@@ -255,7 +219,7 @@ class DALILoader(Loader):
             error = self._replaced.get(sample_id)
             size = self.index.sizes[sample_id].tolist()
             try:
-                data = self._store.read(sample_id)
+                data = self._stored.read(sample_id)
                 if error is None and (sample_id in self._replaced or not is_plain_jpeg(data, size)):
                     data = _as_ppm(self._decode(sample_id, data))
             except DecodeError as found:
@@ -294,7 +258,7 @@ class DALILoader(Loader):
         for sample_id in suspects:
             if sample_id not in self._replaced:
                 try:
-                    self._decode(sample_id, self._store.read(sample_id))
+                    self._decode(sample_id, self._stored.read(sample_id))
                 except DecodeError as bad:
                     self._replaced[sample_id] = bad
                     found = True
@@ -309,7 +273,9 @@ class DALILoader(Loader):
     def close(self) -> None:
         super().close()
         self._drop_pipeline()
-        self._store.close()
+        if self._threads:
+            self._threads.shutdown(cancel_futures=True)
+        self._stored.close()
         if self._options.device.type == "cuda":
             self._dali.backend.ReleaseUnusedMemory()  # DALI's pools, which other loaders would not get
 

@@ -13,10 +13,9 @@ machine.
 from __future__ import annotations
 
 import hashlib
-import mmap
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,8 +24,9 @@ from torch import Tensor
 
 from pipelines import versions
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
-from pipelines.files import map_file, memory_bytes, will_need
+from pipelines.files import memory_bytes
 from pipelines.formats.beton import BetonLayout, index_folder, read_layout
+from pipelines.formats.stored import CHANGED, BetonSamples
 from pipelines.image_folder import same_classes
 from pipelines.index import DatasetIndex
 from pipelines.plan import RankPlan
@@ -94,25 +94,25 @@ class _Beton:
     """The images of a .beton by id (a rendering.Source)."""
 
     def __init__(self, path: Path, layout: BetonLayout, index: DatasetIndex) -> None:
-        mapped = map_file(path)
-        self._file, self._layout, self._index = np.frombuffer(mapped, np.uint8), layout, index
-        self._scarce = mapped if len(mapped) > SCARCE * memory_bytes() else None  # to be read image by image
+        self._samples, self._layout, self._index = BetonSamples(path, layout, index.checksums), layout, index
+        self._scarce = self._samples.bytes > SCARCE * memory_bytes()
         if self._scarce:
-            self._scarce.madvise(mmap.MADV_RANDOM)
+            self._samples.read_sample_by_sample()
 
     def read(self, ids: NDArray[np.int64]) -> StoredImages:
-        pointers, lengths = self._layout.pointers[ids], self._layout.lengths[ids]
+        layout = self._layout
         if self._scarce:
-            for pointer, length in zip(pointers.tolist(), lengths.tolist(), strict=True):
-                will_need(self._scarce, pointer, length)
-        return StoredImages(self._file, pointers, lengths, self._layout.raw[ids])
+            self._samples.will_need(ids)
+        changed = self._samples.damaged(ids)  # not shown: to the kernel they are JPEGs of no bytes
+        lengths = np.where(changed, 0, layout.lengths[ids])
+        return StoredImages(self._samples.maps[0], layout.pointers[ids], lengths, layout.raw[ids] & ~changed)
 
     def decode(self, sample_id: int, data: bytes) -> Tensor:
         """Of a JPEG that is not as the converter wrote it."""
-        raise DecodeError(sample_id, self._index.names[sample_id], "its JPEG data is damaged")
+        raise DecodeError(sample_id, self._index.names[sample_id], "its JPEG data is damaged" if data else CHANGED)
 
     def close(self) -> None:
-        self._file, self._scarce = np.empty(0, np.uint8), None  # lets go of the map, and with it of the file
+        self._samples.close()
 
 
 def _read_index(path: Path, layout: BetonLayout, options: LoaderOptions) -> DatasetIndex:
@@ -120,7 +120,9 @@ def _read_index(path: Path, layout: BetonLayout, options: LoaderOptions) -> Data
     folder = index_folder(path)
     if folder.is_dir():
         index = DatasetIndex.load(folder)
-        if not np.array_equal(index.offsets, layout.pointers) or not np.array_equal(index.sizes, layout.sizes):  # type: ignore[arg-type]
+        pairs: list[tuple[NDArray[Any] | None, NDArray[Any]]]
+        pairs = [(index.offsets, layout.pointers), (index.lengths, layout.lengths), (index.sizes, layout.sizes)]
+        if not all(ours is not None and np.array_equal(ours, theirs) for ours, theirs in pairs):
             raise ValueError(f"{folder}: belongs to another file than {path.name}; copy both, or delete it")
         if not same_classes(options.classes, index.classes):
             raise ValueError(f"{path}: its classes differ from the list given; convert again with --classes")

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.base import Batch, Loader, LoaderOptions
+from pipelines.formats.resident import read_resident
 from pipelines.image_folder import same_classes
 from pipelines.index import DatasetIndex
 from pipelines.plan import Crops, RankPlan
 
-IMAGES = "images.npy"
 # Values of a teacher cache's fingerprint: another wording would refuse every cache ever filled.
 FINGERPRINT = {"backend": "resident", "resize": "bilinear, antialiased, float32"}
 
@@ -40,25 +40,10 @@ class ResidentLoader(Loader):
 
     @classmethod
     def open(cls, path: Path, options: LoaderOptions) -> Self:
-        if not (path / IMAGES).is_file():
-            raise ValueError(
-                f"{path}: not a resident dataset (no {IMAGES}); make one: "
-                f"python tools/convert.py resident {path} OUT"
-            )
-        index = DatasetIndex.load(path)
-        try:
-            images = np.load(path / IMAGES, allow_pickle=False, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path / IMAGES}: damaged or cut off ({error}); copy or convert it again") from None
-        if images.shape[0] != len(index) or images.dtype != np.uint8 or images.shape[3:] != (3,):
-            raise ValueError(
-                f"{path / IMAGES}: got {images.dtype} {images.shape}, expected uint8 [{len(index)}, H, W, 3]; "
-                "convert the dataset again"
-            )
+        index, images = read_resident(path)
         if not same_classes(options.classes, index.classes):
             raise ValueError(f"{path}: its classes differ from the list given; convert again with --classes")
-        # a copy, not the map: a first epoch that waits for storage page by page would look like a slow trainer
-        return cls(index, np.array(images), options.device)
+        return cls(index, images, options.device)
 
     @property
     def fingerprint(self) -> Mapping[str, str]:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pipelines import versions
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
-from pipelines.files import path_of, read_file
-from pipelines.formats.shards import INDEX, ShardReader
+from pipelines.formats.shards import INDEX
+from pipelines.formats.stored import FileSamples, StoredSamples, open_shards
 from pipelines.image_folder import index_image_folder, same_classes
 from pipelines.images import decode
 from pipelines.index import DatasetIndex
@@ -37,18 +37,19 @@ class TorchLoader(Loader):
 
     backend = "torch"
 
-    def __init__(self, store: _Store, options: LoaderOptions) -> None:
-        self.index, self._store, self._options = store.index, store, options
-        self._labels = torch.from_numpy(store.index.labels)
-        self._renderer = Renderer(store, store.index.sizes, workers=options.workers, device=options.device)
+    def __init__(self, index: DatasetIndex, samples: StoredSamples, options: LoaderOptions) -> None:
+        self.index, self._samples, self._options = index, samples, options
+        self._labels = torch.from_numpy(index.labels)
+        source = _Images(samples, index)
+        self._renderer = Renderer(source, index.sizes, workers=options.workers, device=options.device)
 
     @classmethod
     def open(cls, path: Path, options: LoaderOptions) -> Self:
         if (path / INDEX / "index.json").is_file():
-            reader = ShardReader(path)
-            if not same_classes(options.classes, reader.index.classes):
+            index, samples = open_shards(path)
+            if not same_classes(options.classes, index.classes):
                 raise ValueError(f"{path}: its classes differ from the list given; convert again with --classes")
-            return cls(_Shards(reader), options)
+            return cls(index, samples, options)
         if any(path.glob("shard-*.tar")):
             raise ValueError(f"{path}: shards without an index; finish: python tools/convert.py shards SRC {path}")
         index = index_image_folder(
@@ -62,11 +63,15 @@ class TorchLoader(Loader):
     @classmethod
     def of_folder(cls, root: Path, index: DatasetIndex, options: LoaderOptions) -> Self:
         """Execute plans over the files of `index`, whose names are relative to `root`."""
-        return cls(_Folder(root, index), options)
+        return cls(index, FileSamples(root, index.names), options)
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
-        return {**FINGERPRINT, **self._store.fingerprint}
+        if self.index.lengths is None:
+            return FINGERPRINT
+        # of the encoded lengths: another JPEG quality is another data set
+        lengths = self.index.lengths.astype("<i8").tobytes()
+        return {**FINGERPRINT, "stored": hashlib.blake2b(lengths, digest_size=16).hexdigest()}
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -85,24 +90,28 @@ class TorchLoader(Loader):
     def close(self) -> None:
         super().close()
         self._renderer.close()
-        self._store.close()
+        self._samples.close()
 
 
-class _Store:
-    """Encoded images by id (a rendering.Source)."""
+class _Images:
+    """The stored images by id (a rendering.Source)."""
 
-    fingerprint: Mapping[str, str] = {}
-
-    def __init__(self, index: DatasetIndex) -> None:
-        self.index = index
+    def __init__(self, samples: StoredSamples, index: DatasetIndex) -> None:
+        self._samples, self._index = samples, index
 
     def read(self, ids: NDArray[np.int64]) -> StoredImages:
-        raise NotImplementedError
+        return StoredImages.joined([self._read(sample_id) for sample_id in ids.tolist()])
+
+    def _read(self, sample_id: int) -> memoryview:
+        try:
+            return self._samples.read(sample_id).data
+        except (OSError, ValueError):
+            return memoryview(b"")  # `decode` says why
 
     def decode(self, sample_id: int, data: bytes) -> Tensor:
-        name, stored = self.index.names[sample_id], tuple(self.index.sizes[sample_id].tolist())
+        name, stored = self._index.names[sample_id], tuple(self._index.sizes[sample_id].tolist())
         try:
-            image = decode(data or self._again(sample_id))
+            image = decode(data or self._samples.read(sample_id).tobytes())
         except (OSError, ValueError) as error:
             raise DecodeError(sample_id, name, str(error).splitlines()[0]) from None
         if tuple(image.shape[1:]) != stored:
@@ -113,44 +122,3 @@ class _Store:
                 "index was made: it has been replaced; a new start makes the index anew",
             )
         return image
-
-    def _again(self, sample_id: int) -> bytes:
-        """What could not be read. Raises OSError or ValueError with the reason."""
-        raise ValueError("an empty file")
-
-    def close(self) -> None:
-        pass
-
-
-class _Folder(_Store):
-    def __init__(self, root: Path, index: DatasetIndex) -> None:
-        super().__init__(index)
-        self._root = root
-
-    def read(self, ids: NDArray[np.int64]) -> StoredImages:
-        return StoredImages.joined([memoryview(self._read(sample_id)) for sample_id in ids.tolist()])
-
-    def _read(self, sample_id: int) -> bytes:
-        try:
-            return self._again(sample_id)
-        except (OSError, ValueError):
-            return b""  # `decode` says why
-
-    def _again(self, sample_id: int) -> bytes:
-        return read_file(path_of(self._root, self.index.names[sample_id]))
-
-
-class _Shards(_Store):
-    def __init__(self, reader: ShardReader) -> None:
-        super().__init__(reader.index)
-        self._reader = reader
-        assert reader.index.lengths is not None
-        # of the encoded lengths: another JPEG quality is another data set
-        lengths = reader.index.lengths.astype("<i8").tobytes()
-        self.fingerprint = {"stored": hashlib.blake2b(lengths, digest_size=16).hexdigest()}
-
-    def read(self, ids: NDArray[np.int64]) -> StoredImages:
-        return StoredImages.joined([each.data for each in self._reader(ids)])
-
-    def close(self) -> None:
-        self._reader.close()
