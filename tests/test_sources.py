@@ -521,7 +521,8 @@ def test_a_wrong_guess_says_what_was_looked_for(images: Images, tmp_path: Path) 
 def test_parquet_files_that_are_none(images: Images, tmp_path: Path) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
     (tmp_path / "x.parquet").write_bytes(b"PAR1xxxxPAR1")
-    for source in (tmp_path, tmp_path / "x.parquet"):
+    write(tmp_path / "repository", {"README.md": b"x", "data/x.parquet": b"PAR1xxxxPAR1"})
+    for source in (tmp_path / "repository", tmp_path / "x.parquet"):
         with pytest.raises(ValueError, match=r"x.parquet: not a whole parquet file"):
             open_sources(source)
     root = parquet_files(tmp_path / "hf", images)

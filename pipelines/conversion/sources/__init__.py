@@ -183,6 +183,8 @@ def _open_folder(root: Path, chosen: list[Path], classes: Sequence[str] | None, 
     if tables:
         return open_parquet(root, tables, classes)
     folders = [entry for entry in entries if entry.is_dir() and entry.name != INDEX]
+    if len(folders) == 1 and any(folders[0].glob("*.parquet")):  # data/, as a repository of Hugging Face has it
+        return _open_folder(folders[0], [], classes, first_label)
     if tars and not any(_has_images(folder) for folder in folders):
         if not chosen:
             check_one_set(root, tars)
