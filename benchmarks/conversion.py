@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from benchmarks import record
 from benchmarks.loaders import prepare
