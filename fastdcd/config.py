@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field
 
+from pipelines.augment import Augment
 from pipelines.base import LoaderOptions
 from pipelines.files import user_path
 
@@ -82,8 +83,11 @@ class Views:
     """pad_crop: black pixels around the stored image."""
     crop_ratio: Fraction = 1.0
     """center: side of the crop over the shorter side of the image."""
-    flip: Fraction = 0.5
-    """Probability of mirroring."""
+    flip: Annotated[float, Field(ge=0, le=1)] | Literal["alternating"] = 0.5
+    """Probability of mirroring; alternating mirrors every image in every second view (arXiv 2404.00498)."""
+    augment: Augment = field(default_factory=Augment)
+    """What happens to a crop then: RandAugment, colour jitter, grayscale, erasing, mixup and cutmix. Its keys and their
+    meaning: pipelines/augment.py. A mixed image is a view of its own: a cache holds the teacher's features of it."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
     """Seed of the boxes and flips, apart from run.seed: students of different seeds share one cache."""
     count: Count = 0
@@ -348,6 +352,10 @@ class Config:
             raise ValueError(f"teacher.mode is {self.teacher.mode} but teacher.model is missing")
         if self.teacher.mode in ("fill", "cached") and self.cache.path is None:
             raise ValueError(f"teacher.mode is {self.teacher.mode} but cache.path is missing")
+        if self.views.augment.mixes and self.data.batch_size % 2:
+            raise ValueError(
+                f"data.batch_size: got {self.data.batch_size}, expected an even number: views.augment mixes images in pairs"
+            )
         progressive = isinstance(self.student.image_size, dict)
         if self.teacher.mode != "none" and self.teacher.image_size is None and progressive:
             raise ValueError("student.image_size changes with the epoch: teacher.image_size is needed")

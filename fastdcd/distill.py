@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastdcd.config import Loss
 from fastdcd.losses.terms import LossInputs
 from fastdcd.models import FeatureModel, ModelOutput
+from pipelines.augment import Mixed
 
 
 class DistillModule(nn.Module):
@@ -46,16 +47,23 @@ class DistillModule(nn.Module):
                 )
 
     def forward(
-        self, images: Tensor, labels: Tensor, teacher: ModelOutput | None, divisor: float
+        self,
+        images: Tensor,
+        labels: Tensor,
+        teacher: ModelOutput | None,
+        mixed: Mixed | None,
+        divisor: float,
+        epoch: int = 0,
     ) -> dict[str, Tensor]:
-        """The weighted loss and its parts for images uint8 [n, 3, H, W] and labels int64 [n].
+        """The weighted loss and its parts for images uint8 [n, 3, H, W], labels int64 [n], and the other labels
+        of mixed images.
 
         Returns "loss" (to call backward on) and the terms' named parts, detached, all 0-dimensional.
         """
         output = self._look(images)
         # the losses choose their own precision: bf16 over them costs up to 4 % of gradient error
         with torch.autocast(images.device.type, enabled=False):
-            inputs = LossInputs(output, teacher, labels, divisor)
+            inputs = LossInputs(output, teacher, labels, divisor, epoch, mixed)
             total = images.new_zeros((), dtype=torch.float32)
             parts: dict[str, Tensor] = {}
             for name, term in self.terms.items():

@@ -33,7 +33,7 @@ from pipelines.base import Loader, LoaderOptions, open_loader
 from pipelines.files import replace_file, write_json
 from pipelines.image_folder import read_classes, user_cache
 from pipelines.index import DatasetIndex
-from pipelines.plan import EpochPlan, order
+from pipelines.plan import EpochPlan, epoch_order
 from pipelines.views import FAMILIES, ViewFamily
 
 # DDP averages gradients over processes; BatchNorm buffers of rank 0 are sent to the others each step.
@@ -152,13 +152,24 @@ def view_family(config: Config) -> ViewFamily:
 
 def epoch_plan(config: Config, loader: Loader, family: ViewFamily, epoch: int) -> EpochPlan:
     """What an epoch of training shows, in which order."""
+    views, view = config.views, epoch % config.view_count
+    shuffled = epoch_order(
+        len(loader.index),
+        seed=config.run.seed,
+        epoch=epoch,
+        kind=config.data.order,
+        augment=views.augment,
+        view_seed=views.seed,
+        view=view,
+    )
     return EpochPlan(
         index=loader.index,
         family=family,
-        view_seed=config.views.seed,
-        view=epoch % config.view_count,
-        order=order(len(loader.index), seed=config.run.seed, epoch=epoch, kind=config.data.order),
+        view_seed=views.seed,
+        view=view,
+        order=shuffled,
         batch_size=config.data.batch_size,
+        augment=views.augment,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 
 from accelerate import Accelerator
@@ -15,6 +15,10 @@ from fastdcd.metrics import RunningMeans
 from fastdcd.models import ModelOutput
 from fastdcd.optim import build_optimizer
 from fastdcd.schedule import learning_rate, set_learning_rate
+from pipelines.augment import Mixed
+
+# Images, labels, the teacher's outputs and mixed labels of the same rows
+Inputs = tuple[Tensor, Tensor, ModelOutput | None, Mixed | None]
 
 
 def _unmarked(stage: str) -> None: ...
@@ -45,6 +49,7 @@ class TrainStep:
         labels: Tensor,
         teacher_outputs: ModelOutput | None,
         *,
+        mixed: Mixed | None = None,
         rows: int,
         number: int,
         mark: Callable[[str], None] = _unmarked,
@@ -53,6 +58,7 @@ class TrainStep:
 
         Args:
             teacher_outputs: features [n, d_t] and logits [n, classes] float32, or None without a teacher.
+            mixed: the other labels of mixed images, and the shares of both.
             rows: rows of the batch over all processes.
             number: steps taken since the start of the run: the learning rate depends on it.
             mark: called with the name of each stage when it ends.
@@ -60,7 +66,7 @@ class TrainStep:
         set_learning_rate(self.optimizer, self.learning_rate(number))
         self._guard.remember()
         mark("other")
-        terms = self._backward(images, labels, teacher_outputs, rows)
+        terms = self._backward((images, labels, teacher_outputs, mixed), rows, number // self._steps_per_epoch)
         mark("backward")
         if self._cfg.train.clip:
             self._accelerator.clip_grad_norm_(self.wrapped.parameters(), self._cfg.train.clip)
@@ -70,9 +76,7 @@ class TrainStep:
         self._means.add(terms, taken=finite)
         mark("optimizer")
 
-    def _backward(
-        self, images: Tensor, labels: Tensor, teacher_outputs: ModelOutput | None, rows: int
-    ) -> dict[str, Tensor]:
+    def _backward(self, inputs: Inputs, rows: int, epoch: int) -> dict[str, Tensor]:
         """Gradients of one batch, accumulated over its parts; returns its named loss terms.
 
         Every term is a sum over local rows divided by rows / processes, so that DDP's mean over processes is the mean
@@ -81,10 +85,10 @@ class TrainStep:
         parts = self._cfg.train.accumulate
         divisor = rows / self._accelerator.num_processes / parts
         means = RunningMeans()
-        for part, own in enumerate(_split(images, labels, teacher_outputs, parts)):
+        for part, own in enumerate(_split(inputs, parts)):
             # DDP exchanges gradients once per batch, with its last part
             with nullcontext() if part == parts - 1 else self._accelerator.no_sync(self.wrapped):
-                terms = self.wrapped(*own, divisor)
+                terms = self.wrapped(*own, divisor, epoch)
                 self._accelerator.backward(terms["loss"] / parts)
             means.add(terms)
         return means.on_device()
@@ -109,11 +113,18 @@ class TrainStep:
         self._guard.check(skipped_in_a_row)
 
 
-def _split(
-    images: Tensor, labels: Tensor, teacher_outputs: ModelOutput | None, parts: int
-) -> list[tuple[Tensor, Tensor, ModelOutput | None]]:
-    outputs: list[ModelOutput | None] = [None] * parts
-    if teacher_outputs is not None:
-        pieces = (each.tensor_split(parts) for each in teacher_outputs)
-        outputs = [ModelOutput(*each) for each in zip(*pieces, strict=True)]
-    return list(zip(images.tensor_split(parts), labels.tensor_split(parts), outputs, strict=True))
+def _split(inputs: Inputs, parts: int) -> list[Inputs]:
+    images, labels, outputs, mixed = inputs
+    return list(
+        zip(
+            images.tensor_split(parts),
+            labels.tensor_split(parts),
+            [ModelOutput(*each) for each in _pieces(outputs, parts)] if outputs is not None else [None] * parts,
+            [Mixed(*each) for each in _pieces(mixed, parts)] if mixed is not None else [None] * parts,
+            strict=True,
+        )
+    )
+
+
+def _pieces(tensors: Sequence[Tensor], parts: int) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(each.tensor_split(parts) for each in tensors), strict=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -21,10 +22,11 @@ from fastdcd.config import Config
 from fastdcd.models import ModelOutput
 from fastdcd.teacher import Teacher
 from pipelines import views
+from pipelines.augment import aligned, partners
 from pipelines.base import Batch, Loader
 from pipelines.files import Lock
 from pipelines.plan import EpochPlan
-from pipelines.prefetch import to_device
+from pipelines.prefetch import prefetch, to_device
 from pipelines.views import ViewFamily
 
 log = logging.getLogger("fastdcd")
@@ -322,6 +324,7 @@ def expected_manifest(config: Config, loader: Loader, family: ViewFamily, teache
             "data.index": index.digest,
             "views.seed": str(config.views.seed),
             **{f"views.{key}": str(value) for key, value in views.describe(family).items()},
+            **{f"views.augment.{key}": value for key, value in config.views.augment.describe().items()},
             "views.table": views.table_digest(family, config.views.seed, index.sizes),
             **{f"loader.{key}": value for key, value in loader.fingerprint.items()},
             **_environment(config, loader, teacher),
@@ -392,19 +395,25 @@ def check_range(config: Config, loader: Loader, family: ViewFamily, teacher: Tea
 def _look(
     config: Config, loader: Loader, family: ViewFamily, teacher: Teacher, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Ids int64 [n] of `count` samples spread over the set, and the live teacher's features of their last view [n, d]."""
+    """Ids int64 [n] of `count` samples spread over the set, with the partners of mixed ones; and the live teacher's
+    features of their last view [n, d]."""
     ids = torch.linspace(0, len(loader.index) - 1, count, dtype=torch.float64).long()
+    view, augment = config.view_count - 1, config.views.augment
+    if augment.mixes:
+        partner = partners(len(loader.index), config.views.seed, view)
+        ids = torch.from_numpy(aligned(np.union1d(ids, partner[ids.numpy()]), partner))
     plan = EpochPlan(
         index=loader.index,
         family=family,
         view_seed=config.views.seed,
-        view=config.view_count - 1,
+        view=view,
         order=ids.numpy(),
-        batch_size=count,
+        batch_size=len(ids) + len(ids) % 2,
+        augment=augment,
     )
-    (batch,) = loader.epoch(plan.for_rank((teacher.size,)))
     device = next(teacher.parameters()).device
-    return ids, teacher.features(batch.at(teacher.size).to(device))
+    ((batch, _),) = prefetch(loader.epoch(plan.for_rank((teacher.size,))), lambda ids: None, device)
+    return ids, teacher.features(batch.at(teacher.size))
 
 
 def _crossed(stored: Mapping[str, str], backend: str, environment: Mapping[str, str]) -> str:

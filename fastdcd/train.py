@@ -114,7 +114,7 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
                 teacher_outputs = mode.outputs(batch, cached)
                 images, labels = batch.at(student_size), batch.labels
                 rows = plan.rows(progress.step_in_epoch)  # of all processes
-                step(images, labels, teacher_outputs, rows=rows, number=progress.step)
+                step(images, labels, teacher_outputs, mixed=batch.mixed, rows=rows, number=progress.step)
 
                 watch.count(rows)
                 progress = replace(progress, step=progress.step + 1, step_in_epoch=progress.step_in_epoch + 1)

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from pipelines.augment import Mixed, ViewAugment
 from pipelines.index import DatasetIndex
 from pipelines.plan import RankPlan
 
@@ -46,11 +47,26 @@ class Batch:
             last). Normalising belongs to the model that looks at them, on its device.
         labels: int64 [n].
         ids: int64 [n], on the CPU: they look up rows in host memory.
+        augments: what the plan has in store for each of `images`; nothing once `augmented` has done it.
+        mixed: the other labels of mixed images.
     """
 
     images: tuple[Tensor, ...]
     labels: Tensor
     ids: Tensor
+    augments: tuple[ViewAugment | None, ...] = ()
+    mixed: Mixed | None = None
+
+    def augmented(self) -> Batch:
+        """The batch as networks see it: planned augmentation done, on the images' own device."""
+        if not any(self.augments):
+            return self
+        ids = self.ids.numpy()
+        pairs = list(zip(self.images, self.augments, strict=True))
+        images = tuple(each if augment is None else augment.pixels(each, ids) for each, augment in pairs)
+        first, augment = pairs[0]
+        mixed = augment.labels(self.labels, ids, first.shape[-1]) if augment else None
+        return replace(self, images=images, augments=(), mixed=mixed)
 
     def at(self, size: int) -> Tensor:
         """The images of `size` x `size` pixels, uint8 [n, 3, size, size]."""
@@ -145,16 +161,20 @@ class Loader(ABC):
 
     def _guard(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
         batches = self._execute(rank_plan)
+        augments = tuple(each.augment for each in rank_plan.crops)
+        augments = augments if any(augments) else ()
         delivered = 0
         try:
             for batch in batches:
                 assert len(batch.ids) == len(range(*rank_plan.rows(delivered).indices(len(rank_plan.ids))))
                 delivered += 1
-                yield batch
+                yield replace(batch, augments=augments) if augments else batch
         finally:
             batches.close()
         if delivered == rank_plan.batches - 1 and len(rank_plan.ids) == delivered * rank_plan.batch_size:
-            yield empty_batch(rank_plan)  # fewer samples left than ranks: this rank has none, but takes the step
+            yield replace(
+                empty_batch(rank_plan), augments=augments
+            )  # fewer samples left than ranks: this rank has none, but takes the step
             delivered += 1
         assert delivered == rank_plan.batches, f"{self.backend}: {delivered} of {rank_plan.batches} batches"
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.augment import Augment, ViewAugment, aligned, partners
 from pipelines.index import DatasetIndex
 from pipelines.views import Boxes, Center, Flips, ViewFamily, hash_key
 
@@ -56,6 +58,14 @@ def order(count: int, *, seed: int, epoch: int, kind: str = "random") -> NDArray
     return ORDERS[kind](count, seed, epoch)
 
 
+def epoch_order(
+    count: int, *, seed: int, epoch: int, kind: str, augment: Augment, view_seed: int, view: int
+) -> NDArray[np.int64]:
+    """`order`, with partners beside each other where the view mixes images."""
+    found = order(count, seed=seed, epoch=epoch, kind=kind)
+    return aligned(found, partners(count, view_seed, view)) if augment.mixes else found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Crops:
     """One picture to make of every sample: crop the box, resize it to size x size, mirror it if flipped."""
@@ -63,6 +73,9 @@ class Crops:
     boxes: Boxes  # [M, 4] top, left, height, width in the stored image; may reach outside, which reads 0
     flips: Flips  # [M]
     size: int  # output height and width, pixels
+    augment: ViewAugment | None = (
+        None  # what happens to it then, on the device (pipelines/augment.py); not the loader's
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +112,7 @@ class EpochPlan:
         view_seed, view: seed of the views and which view this epoch shows (epoch modulo stored views).
         order: sample ids [N] in global order.
         batch_size: global, over all ranks.
+        augment: what happens to the crops. If it mixes images, partners stand together in `order` (`epoch_order`).
     """
 
     index: DatasetIndex
@@ -107,6 +121,7 @@ class EpochPlan:
     view: int
     order: NDArray[np.int64]
     batch_size: int
+    augment: Augment | None = None
 
     @property
     def steps(self) -> int:
@@ -121,16 +136,14 @@ class EpochPlan:
     ) -> RankPlan:
         """This rank's part from `start_step` on, rendered once at each of `sizes` (pixels).
 
-        Raises ValueError if the batch has fewer rows than there are ranks.
+        Raises ValueError if the batch has fewer rows, or pairs of mixed images, than there are ranks.
         """
-        if self.batch_size < world_size:
-            raise ValueError(
-                f"data.batch_size: got {self.batch_size} for {world_size} processes, expected at least one "
-                "row a process (the batch size is global)"
-            )
+        unit = 2 if self.augment is not None and self.augment.mixes else 1
+        if self.batch_size % unit or self.batch_size < unit * world_size:
+            self._refuse(unit, world_size)
         full, rest = divmod(len(self.order), self.batch_size)
-        first, last = _share(self.batch_size, rank, world_size)
-        rest_first, rest_last = _share(rest, rank, world_size)
+        first, last = _share(self.batch_size, rank, world_size, unit)
+        rest_first, rest_last = _share(rest, rank, world_size, unit)
         start = min(start_step, full)
         body = self.order[start * self.batch_size : full * self.batch_size]
         body = body.reshape(-1, self.batch_size)[:, first:last].reshape(-1)
@@ -139,9 +152,22 @@ class EpochPlan:
         boxes, flips = self.family.boxes(self.view_seed, ids, self.view, self.index.sizes[ids])
         return RankPlan(
             ids=ids,
-            crops=tuple(Crops(boxes=boxes, flips=flips, size=size) for size in sizes),
+            crops=tuple(Crops(boxes=boxes, flips=flips, size=size, augment=self._augment) for size in sizes),
             batch_size=last - first,
             batches=max(self.steps - start_step, 0),
+        )
+
+    @property
+    def _augment(self) -> ViewAugment | None:
+        if self.augment is None or not self.augment.active:
+            return None
+        return ViewAugment(settings=self.augment, seed=self.view_seed, view=self.view)
+
+    def _refuse(self, unit: int, world_size: int) -> NoReturn:
+        expected = "at least one row a process" if unit == 1 else "an even number, at least two rows a process"
+        why = "the batch size is global" + ("; mixed images come in pairs" if unit == 2 else "")
+        raise ValueError(
+            f"data.batch_size: got {self.batch_size} for {world_size} processes, expected {expected} ({why})"
         )
 
 
@@ -157,5 +183,8 @@ def evaluation_plan(index: DatasetIndex, *, crop_ratio: float, batch_size: int) 
     )
 
 
-def _share(rows: int, rank: int, world_size: int) -> tuple[int, int]:
-    return rows * rank // world_size, rows * (rank + 1) // world_size
+def _share(rows: int, rank: int, world_size: int, unit: int) -> tuple[int, int]:
+    """First and last of a rank's rows, in whole units of rows."""
+    units = -(-rows // unit)
+    first, last = units * rank // world_size, units * (rank + 1) // world_size
+    return min(unit * first, rows), min(unit * last, rows)

@@ -22,9 +22,9 @@ Item = tuple[Batch, Tensor | None]
 def prefetch(
     batches: Iterator[Batch], read_cached: Callable[[Tensor], Tensor | None], device: torch.device
 ) -> Generator[Item, None, None]:
-    """Yield (batch, lookup(batch.ids)), both on `device`.
+    """Yield (batch, read_cached(batch.ids)), both on `device`, the batch with its planned augmentation done there.
 
-    On a GPU a thread runs the loader and the lookup, and copies travel on a stream of their own, so that
+    On a GPU a thread runs the loader and the lookup, and copies and augmentation run on a stream of their own, so that
     none of it stands in a step's way. On the CPU the cores belong to the step, and there is nothing to
     copy: batches are made when asked for.
 
@@ -35,7 +35,7 @@ def prefetch(
     """
     if device.type != "cuda":
         for batch in batches:
-            yield batch, read_cached(batch.ids)
+            yield batch.augmented(), read_cached(batch.ids)
         return
     yield from _on_stream(batches, read_cached, device)
 
@@ -83,7 +83,7 @@ def _on_stream(
                         batch,
                         images=tuple(to_device(image, device) for image in batch.images),
                         labels=to_device(batch.labels, device),
-                    )
+                    ).augmented()
                     put(((moved, None if cached is None else to_device(cached, device)), stream.record_event()))
                     if stop.is_set():
                         break
@@ -102,7 +102,7 @@ def _on_stream(
             (batch, rows), copied = item
             current = torch.cuda.current_stream(device)
             current.wait_event(copied)
-            for tensor in (*batch.images, batch.labels, *([] if rows is None else [rows])):
+            for tensor in (*batch.images, batch.labels, *(batch.mixed or ()), *([] if rows is None else [rows])):
                 tensor.record_stream(current)  # its memory may be reused only after this step's work
             yield batch, rows
     finally:

@@ -17,13 +17,16 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Boxes = NDArray[np.int32]  # [N, 4] top, left, height, width
 Flips = NDArray[np.bool_]  # [N]
+Flip = (
+    float | Literal["alternating"]
+)  # the probability of mirroring a view, or mirror every second view of a sample
 
 # Odd 64-bit constants of splitmix64 (Steele, Lea, Flood 2014) and of two more well-mixed streams.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -77,8 +80,15 @@ _DRAW_FLIP = 4 * _TRIES
 _DRAW_PAD_TOP, _DRAW_PAD_LEFT = 50, 51
 
 
-def _flips(key: NDArray[np.uint64], probability: float) -> Flips:
-    return uniform(key, _DRAW_FLIP) < probability
+# A number that no view has: alternating flips depend on the sample and not on its view.
+_VIEW_ALTERNATING = 0x464C_4950
+
+
+def _flips(key: NDArray[np.uint64], flip: Flip, seed: int, ids: NDArray[np.int64], view: int) -> Flips:
+    """`key` is that of the view. Alternating (arXiv 2404.00498): half of the samples in even views, the rest in odd."""
+    if flip == "alternating":
+        return _flips(hash_key(seed, ids, _VIEW_ALTERNATING), 0.5, seed, ids, view) ^ (view % 2 == 1)
+    return uniform(key, _DRAW_FLIP) < flip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +102,7 @@ class RandomResizedCrop:
     name: ClassVar[str] = "random_resized_crop"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
+    flip: Flip = 0.5
 
     def __post_init__(self) -> None:
         low, high = self.scale
@@ -100,7 +110,7 @@ class RandomResizedCrop:
             raise ValueError(f"scale: got {self.scale}, expected 0 < low <= high <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio: got {self.ratio}, expected 0 < low <= high")
-        _check_probability(self.flip)
+        _check_flip(self.flip)
 
     def boxes(self, seed: int, ids: NDArray[np.int64], view: int, sizes: NDArray[np.int32]) -> tuple[Boxes, Flips]:
         boxes = np.empty((len(ids), 4), np.int32)
@@ -109,7 +119,7 @@ class RandomResizedCrop:
             rows = slice(start, start + _CHUNK)
             key = hash_key(seed, ids[rows], view)
             boxes[rows] = self._crop(key, sizes[rows].astype(np.int64))
-            flips[rows] = _flips(key, self.flip)
+            flips[rows] = _flips(key, self.flip, seed, ids[rows], view)
         return boxes, flips
 
     def _crop(self, key: NDArray[np.uint64], sizes: NDArray[np.int64]) -> Boxes:
@@ -152,12 +162,12 @@ class PadCrop:
 
     name: ClassVar[str] = "pad_crop"
     padding: int = 4
-    flip: float = 0.5
+    flip: Flip = 0.5
 
     def __post_init__(self) -> None:
         if self.padding < 0:
             raise ValueError(f"padding: got {self.padding}, expected 0 or more pixels")
-        _check_probability(self.flip)
+        _check_flip(self.flip)
 
     def boxes(self, seed: int, ids: NDArray[np.int64], view: int, sizes: NDArray[np.int32]) -> tuple[Boxes, Flips]:
         key = hash_key(seed, ids, view)
@@ -166,7 +176,7 @@ class PadCrop:
         boxes[:, 0] = _integer_below(key, _DRAW_PAD_TOP, offsets) - self.padding
         boxes[:, 1] = _integer_below(key, _DRAW_PAD_LEFT, offsets) - self.padding
         boxes[:, 2:] = sizes
-        return boxes, _flips(key, self.flip)
+        return boxes, _flips(key, self.flip, seed, ids, view)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +212,9 @@ def _centred(
     return np.stack([(image_h - height) // 2, (image_w - width) // 2, height, width], 1).astype(np.int32)
 
 
-def _check_probability(flip: float) -> None:
-    if not 0 <= flip <= 1:
-        raise ValueError(f"flip: got {flip}, expected a probability from 0 to 1")
+def _check_flip(flip: Flip) -> None:
+    if flip != "alternating" and not (isinstance(flip, int | float) and 0 <= flip <= 1):
+        raise ValueError(f"flip: got {flip!r}, expected a probability from 0 to 1, or alternating")
 
 
 FAMILIES: dict[str, Callable[..., ViewFamily]] = {

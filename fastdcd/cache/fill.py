@@ -22,6 +22,7 @@ from fastdcd.progress import ProgressBar
 from fastdcd.step import TrainStep
 from fastdcd.teacher import Teacher
 from fastdcd.teacher_modes import check_range, expected_manifest
+from pipelines.augment import ViewAugment, aligned, partners
 from pipelines.base import Loader
 from pipelines.plan import Crops, RankPlan
 from pipelines.prefetch import prefetch
@@ -89,14 +90,16 @@ def _fill_missing(parts: Parts, cache: TeacherCache, *, repair: bool) -> None:
         _reopen_damaged(parts, cache)
     accelerator.wait_for_everyone()
     missing = [view for view in range(manifest.views) if not cache.complete(view)]
+    # in each view an image is mixed with another one: no view could use what was decoded for the last
+    together = 1 if config.views.augment.mixes else config.cache.views_a_pass
     bar = ProgressBar(
         f"fill ({manifest.views - len(missing)} of {manifest.views} views were complete)",
         len(missing) * manifest.rows,
         "rows",
         shown=accelerator.is_main_process,
     )
-    for first in range(0, len(missing), config.cache.views_a_pass):
-        _fill_views(parts, cache, missing[first : first + config.cache.views_a_pass], bar)
+    for first in range(0, len(missing), together):
+        _fill_views(parts, cache, missing[first : first + together], bar)
     bar.close()
 
 
@@ -117,12 +120,26 @@ def _fill_views(parts: Parts, cache: TeacherCache, views: Sequence[int], bar: Pr
         for view in views:
             cache.start(view)
     accelerator.wait_for_everyone()
-    ids = _mine(np.logical_and.reduce([cache.done(view) for view in views]), teacher.rows, accelerator)
-    seed, sizes = parts.config.views.seed, parts.loader.index.sizes[ids]
-    tables = [parts.family.boxes(seed, ids, view, sizes) for view in views]
+    section, order = parts.config.views, np.arange(rows)
+    seed, augment = section.seed, section.augment
+    if augment.mixes:
+        (view,) = views
+        order = aligned(order, partners(rows, seed, view))
+    done = np.logical_and.reduce([cache.done(view) for view in views])
+    ids = order[_mine(done[order], teacher.rows, accelerator)]
+    sizes = parts.loader.index.sizes[ids]
     rank_plan = RankPlan(
         ids=ids,
-        crops=tuple(Crops(boxes=boxes, flips=flips, size=teacher.size) for boxes, flips in tables),
+        crops=tuple(
+            Crops(
+                boxes=boxes,
+                flips=flips,
+                size=teacher.size,
+                augment=ViewAugment(settings=augment, seed=seed, view=view) if augment.active else None,
+            )
+            for view in views
+            for boxes, flips in [parts.family.boxes(seed, ids, view, sizes)]
+        ),
         batch_size=teacher.rows,
         batches=-(-len(ids) // teacher.rows),
     )
@@ -146,7 +163,7 @@ def _fill_views(parts: Parts, cache: TeacherCache, views: Sequence[int], bar: Pr
 
 
 def _mine(done: NDArray[np.bool_], chunk: int, accelerator: Accelerator) -> NDArray[np.int64]:
-    """Ids of this process's chunks that have rows to do. Chunks are always whole: the same passes, the same bits."""
+    """Places of this process's chunks that have rows to do. Chunks are always whole: the same passes, the same bits."""
     starts = [start for start in range(0, len(done), chunk) if not done[start : start + chunk].all()]
     mine = starts[accelerator.process_index :: accelerator.num_processes]
     pieces = [np.arange(start, min(start + chunk, len(done))) for start in mine]

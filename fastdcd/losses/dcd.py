@@ -52,6 +52,7 @@ def dcd(
     labels: Tensor | None = None,
     negatives: str = "local",
     divisor: float | None = None,
+    pairs: bool = False,
     form: str = "auto",
 ) -> reference.DCD:
     """DCD (arXiv 2407.11802) of this process's rows: `reference.dcd`, faster, and against all processes' rows.
@@ -65,6 +66,7 @@ def dcd(
         divisor: divide the sums over rows by this instead of n. Give rows of all processes / processes, as
             `LossInputs` has it: the mean over processes, which DDP takes, is then the mean over all rows.
             No process may have more rows than this number rounded up.
+        pairs: processes share rows by pairs: none has more than that number rounded up to an even one.
         form: auto, naive, compiled, tiled or triton.
 
     Returns the loss = contrast + alpha * consist, and both parts detached, for logging. The gradient of the
@@ -74,7 +76,8 @@ def dcd(
     """
     processes = dist.get_world_size() if negatives == "global" and dist.is_initialized() else 1
     divisor = len(z_s) if divisor is None else divisor
-    capacity = len(z_s) if processes == 1 else math.ceil(divisor - 1e-6)
+    share = 2 if pairs else 1
+    capacity = len(z_s) if processes == 1 else share * math.ceil(divisor / share - 1e-6)
     if processes * capacity == 1:
         warnings.warn("DCD of a single row is 0: it has no negatives to tell it from", stacklevel=2)
     chosen = fastest(z_s.device.type, processes * capacity, z_s.shape[1]) if form == "auto" else form

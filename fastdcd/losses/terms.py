@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from fastdcd.config import Fraction, Loss, Positive, Weight
+from fastdcd.config import Count, Fraction, Loss, Positive, Weight
 from fastdcd.losses import dcd as fused
-from fastdcd.losses import logits, reference
+from fastdcd.losses import features, logits, reference
 from fastdcd.models import ModelOutput
+from pipelines.augment import Mixed
 
 
 class LossInputs(NamedTuple):
@@ -30,6 +31,10 @@ class LossInputs(NamedTuple):
     teacher: ModelOutput | None  # features [n, d_t], logits [n, classes], float32, no gradient
     labels: Tensor  # int64 [n]
     divisor: float  # rows of the batch over all processes / processes: DDP's mean is then the global mean
+    epoch: int = 0  # counted from 0, for terms that are warmed up
+    mixed: Mixed | None = (
+        None  # of mixup and cutmix: each row has a share of its label and the rest of its partner's
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +79,7 @@ class LossTerm(nn.Module):
 
 
 class CrossEntropy(LossTerm):
-    """Cross-entropy with the labels, with label smoothing."""
+    """Cross-entropy with the labels, with label smoothing; of mixed images, with both labels by their shares."""
 
     @dataclass(frozen=True, kw_only=True)
     class Settings:
@@ -88,14 +93,22 @@ class CrossEntropy(LossTerm):
     settings: Settings
 
     def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
-        total = F.cross_entropy(
-            reference.upcast(inputs.student.logits),  # [n, classes]
-            inputs.labels,
-            reduction="sum",
-            label_smoothing=self.settings.label_smoothing,
-        )
+        total = self._sum(inputs, inputs.labels, None)
+        if inputs.mixed is not None:
+            share = inputs.mixed.share
+            total = self._sum(inputs, inputs.labels, share) + self._sum(
+                inputs, inputs.mixed.partner_labels, 1 - share
+            )
         loss = total / inputs.divisor
         return loss, {"ce": loss.detach()}
+
+    def _sum(self, inputs: LossInputs, labels: Tensor, weight: Tensor | None) -> Tensor:
+        """The sum over rows, each weighted if weights [n] are given."""
+        student = reference.upcast(inputs.student.logits)  # [n, classes]
+        smoothing = self.settings.label_smoothing
+        if weight is None:
+            return F.cross_entropy(student, labels, reduction="sum", label_smoothing=smoothing)
+        return (weight * F.cross_entropy(student, labels, reduction="none", label_smoothing=smoothing)).sum()
 
 
 class KnowledgeDistillation(LossTerm):
@@ -104,6 +117,9 @@ class KnowledgeDistillation(LossTerm):
     @dataclass(frozen=True, kw_only=True)
     class Settings:
         kd_temperature: Annotated[float, Field(gt=0)] = 4.0
+        kd_standardize: bool = False
+        """Logit standardisation (arXiv 2403.01427): each row's logits as z-scores first. Its authors take
+        kd_temperature 2, kd 9, ce 0.1."""
 
     title = "KD"
     logged: ClassVar = {"kd": ("KD", "nats x T²")}
@@ -112,13 +128,112 @@ class KnowledgeDistillation(LossTerm):
 
     def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         assert inputs.teacher is not None
-        loss = logits.kd(
+        student, teacher = inputs.student.logits, inputs.teacher.logits
+        if self.settings.kd_standardize:
+            student, teacher = logits.standardize(student), logits.standardize(teacher)
+        loss = logits.kd(student, teacher, self.settings.kd_temperature, divisor=inputs.divisor)
+        return loss, {"kd": loss.detach()}
+
+
+class DecoupledKD(LossTerm):
+    """Decoupled knowledge distillation (arXiv 2203.08679)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        dkd_alpha: Weight = 1.0
+        """Weight of target against all other classes."""
+        dkd_beta: Weight = 8.0
+        """Weight of the other classes among themselves (CIFAR 2 to 8 by pair, ImageNet 0.5)."""
+        dkd_temperature: Annotated[float, Field(gt=0)] = 4.0
+        """CIFAR 4, ImageNet 1."""
+        dkd_warmup: Count = 20
+        """Epochs over which its weight grows to loss.dkd; 0: none."""
+
+    title = "DKD"
+    logged: ClassVar = {"dkd": ("DKD", "nats x T²")}
+    trains_classifier = True
+    settings: Settings
+
+    def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        if inputs.mixed is None:
+            value = self._value(inputs, inputs.labels, None)
+        else:
+            share = inputs.mixed.share
+            value = self._value(inputs, inputs.labels, share)
+            value = value + self._value(inputs, inputs.mixed.partner_labels, 1 - share)
+        warm = min((inputs.epoch + 1) / max(self.settings.dkd_warmup, 1), 1.0)
+        return warm * value, {"dkd": value.detach()}
+
+    def _value(self, inputs: LossInputs, labels: Tensor, weight: Tensor | None) -> Tensor:
+        assert inputs.teacher is not None
+        return logits.dkd(
             inputs.student.logits,
             inputs.teacher.logits,
-            self.settings.kd_temperature,
+            labels,
+            alpha=self.settings.dkd_alpha,
+            beta=self.settings.dkd_beta,
+            temperature=self.settings.dkd_temperature,
+            weight_N=weight,
             divisor=inputs.divisor,
         )
-        return loss, {"kd": loss.detach()}
+
+
+class DIST(LossTerm):
+    """Correlations of softened probabilities, within rows and within classes (arXiv 2205.10536)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        dist_beta: Weight = 2.0
+        """Weight of correlations between the classes of a row (CIFAR 2, ImageNet 1)."""
+        dist_gamma: Weight = 2.0
+        """Weight of correlations between the rows of a class, over all processes (CIFAR 2, ImageNet 1)."""
+        dist_temperature: Annotated[float, Field(gt=0)] = 4.0
+        """CIFAR 4, ImageNet 1."""
+
+    title = "DIST"
+    logged: ClassVar = {"dist": ("DIST", "x T²")}
+    trains_classifier = True
+    settings: Settings
+
+    def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        assert inputs.teacher is not None
+        loss = logits.dist(
+            inputs.student.logits,
+            inputs.teacher.logits,
+            beta=self.settings.dist_beta,
+            gamma=self.settings.dist_gamma,
+            temperature=self.settings.dist_temperature,
+            divisor=inputs.divisor,
+        )
+        return loss, {"dist": loss.detach()}
+
+
+class Feature(LossTerm):
+    """The student's features, through a learnt linear map, against the teacher's: the plain baseline (FitNets).
+
+    Attributes:
+        projection: linear map from the student's features to the teacher's width.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Settings:
+        feature_distance: Literal["cosine", "mse"] = "cosine"
+        """1 - cosine similarity, or the mean squared difference."""
+
+    title = "features"
+    logged: ClassVar = {"feature": ("Feature distance", "")}
+    settings: Settings
+
+    def __init__(self, settings: Settings, student_dim: int, teacher_dim: int) -> None:
+        super().__init__(settings, student_dim, teacher_dim)
+        self.projection = nn.Linear(student_dim, teacher_dim)
+
+    def forward(self, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        assert inputs.teacher is not None
+        distance = {"cosine": features.cosine, "mse": features.mse}[self.settings.feature_distance]
+        projected = self.projection(reference.upcast(inputs.student.features))  # [n, d_t]
+        loss = distance(projected, inputs.teacher.features, divisor=inputs.divisor)
+        return loss, {"feature": loss.detach()}
 
 
 class DCD(LossTerm):
@@ -179,14 +294,21 @@ class DCD(LossTerm):
             z_t,
             tau,
             alpha=settings.alpha,
-            labels=inputs.labels if settings.mask_same_class else None,
+            labels=self._classes(inputs) if settings.mask_same_class else None,
             negatives=settings.negatives,
             divisor=inputs.divisor,
+            pairs=inputs.mixed is not None,
             form=settings.form,
         )
         # b takes part with weight zero, so that DDP finds a gradient for every parameter
         loss = result.loss + 0.0 * self.b
         return loss, {"dcd_contrast": result.contrast, "dcd_consist": result.consist, "tau": tau.detach()}
+
+    def _classes(self, inputs: LossInputs) -> Tensor:
+        """The class [n] that each image shows most of."""
+        if inputs.mixed is None:
+            return inputs.labels
+        return torch.where(inputs.mixed.share >= 0.5, inputs.labels, inputs.mixed.partner_labels)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -201,6 +323,9 @@ TERMS: dict[str, type[LossTerm]] = {
     "ce": CrossEntropy,
     "kd": KnowledgeDistillation,
     "dcd": DCD,
+    "dkd": DecoupledKD,
+    "dist": DIST,
+    "feature": Feature,
 }
 
 

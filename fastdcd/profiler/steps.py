@@ -170,7 +170,15 @@ def run_steps(
                     found = "other" if teacher_outputs is None else "teacher" if cached is None else "cache_read"
                     clock.lap(found)
                     images, rows = batch.at(config.student_size(number)), plan.rows(step)
-                    bench.step(images, batch.labels, teacher_outputs, rows=rows, number=taken, mark=clock.lap)
+                    bench.step(
+                        images,
+                        batch.labels,
+                        teacher_outputs,
+                        mixed=batch.mixed,
+                        rows=rows,
+                        number=taken,
+                        mark=clock.lap,
+                    )
                     clock.stop()
                     taken += 1
                     first = step == 0 and _usable(plan) > 1
