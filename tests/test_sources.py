@@ -101,6 +101,19 @@ def hugging_face_tar(root: Path, images: Images) -> Path:
     )
 
 
+def parts_of_a_flat_set(root: Path, images: Images) -> Path:
+    items = [(f"{Path(n).stem}_{n.split('/')[0]}.JPEG", data) for n, data in images.items()]
+    for part in range(2):
+        tar(root / f"train_images_{part}.tar", items[part::2])
+    return root
+
+
+def parts_of_class_folders(root: Path, images: Images) -> Path:
+    for part in range(2):
+        tar(root / f"part{part}.tar", ((f"train/{n}", data) for n, data in [*images.items()][part::2]))
+    return root
+
+
 def kaggle(root: Path, images: Images) -> Path:
     val = validation_names(images)
     folder = root / "ILSVRC/Data/CLS-LOC/val"
@@ -208,6 +221,8 @@ LAYOUTS = {
     "a Mac's zip": zip_of_a_mac,
     "a folder of one tar a class": tar_a_class_unpacked,
     "a flat folder of training files": flat_folder,
+    "a folder of tars that are parts of a flat set": parts_of_a_flat_set,
+    "a folder of tars that are parts of class folders": parts_of_class_folders,
     "Hugging Face's tar of flat files": hugging_face_tar,
     "Kaggle's val": kaggle,
     "Kaggle's val in its zip": kaggle_zip,
@@ -505,6 +520,13 @@ def test_a_class_that_keeps_no_image_needs_a_decision(images: Images, tmp_path: 
         assert not (tmp_path / kind / "manifest.json").exists()
         ran = run_program(*arguments, "--empty-classes")
         assert ran.code == 0 and "1 classes without an image" in ran.out, ran
+
+
+def test_a_folder_of_one_tar_per_class_whose_files_say_nothing(images: Images, tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        tar(tmp_path / f"{name}.tar", [(f"{at}.jpg", data) for at, data in enumerate(images.values())])
+    sources = open_sources(tmp_path)
+    assert sources.classes == ("cats", "dogs") and np.bincount(sources.labels).tolist() == [12, 12]
 
 
 def test_a_wrong_guess_says_what_was_looked_for(images: Images, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import glob
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pipelines.conversion.sources.cifar import open_cifar
 from pipelines.conversion.sources.class_folders import open_class_folders
@@ -233,7 +233,11 @@ def _open_members(
         if inside:
             members = [member for member in members if member.name.startswith(f"{inside}/")]
         return open_web_dataset(path, members, classes, first_label)
-    if len(tars) > 1:  # as ImageNet's training set unpacked once: a tar a class
+    flat = [member.name for member in members if "/" not in member.name and not is_hidden(member.name)]
+    if len(tars) > 1 and any(PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in flat):
+        # parts of one flat set, whose names say the class; else a tar per class
+        if len({*flat}) == len(flat) and (sources := open_flat(ArchiveFiles(path, members), classes)) is not None:
+            return sources
         members = prefixed(members)
     return _open_files(ArchiveFiles(path, members, inside), classes)
 

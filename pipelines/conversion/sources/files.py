@@ -168,12 +168,11 @@ class ArchiveFiles(Files):
         return SpanReader(self.members(names))
 
     def above(self, *names: str) -> Iterator[tuple[Files, str]]:
-        root = ArchiveFiles(self.path, list(self._all.values()))
         for folder in (PurePosixPath(self._inside), *PurePosixPath(self._inside).parents):
             for name in names:
                 full = str(folder / name)
                 if full in self._all:
-                    yield root, full
+                    yield ArchiveFiles(self.path, [self._all[full]]), full
         archive = next(iter(self._all.values())).archive
         for name in names:
             if (archive.parent / name).is_file():
