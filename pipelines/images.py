@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 from pipelines.resize import resize
 
@@ -42,24 +41,13 @@ _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 def decode(data: bytes) -> Tensor:
     """Decode an encoded image to uint8 [3, H, W] RGB, without EXIF rotation.
 
-    JPEGs are decoded by torchvision.io, everything else by Pillow: torchvision's PNG decoder ends the process on some
-    damaged files. Transparency is dropped; of 16-bit values the high byte is kept.
+    Pillow decodes, whose JPEGs are pixel for pixel those of torchvision.io, TurboJPEG and OpenCV. (torchvision.io will
+    be removed, and its PNG decoder ends the process on some damaged files.) Transparency is dropped; of 16-bit values
+    the high byte is kept.
 
     Raises ValueError with a reason of one line for damaged data, unknown formats, more than MAX_PIXELS, and pixels
     without an agreed range (floating point, 32-bit integers).
     """
-    if data.startswith(_JPEG):
-        check_size(*(jpeg_size(data) or image_size(io.BytesIO(data))))
-        try:
-            # a copy, since torch wants writable memory
-            return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        except RuntimeError as error:
-            raise ValueError(_first_line(error)) from None
-    return decode_with_pillow(data)
-
-
-def decode_with_pillow(data: bytes) -> Tensor:
-    """The same by Pillow: slower for JPEGs, and the oracle that tests hold decoders against."""
     if data.startswith(_PNG):
         data = _png_pixels(data)
     with _reasons(), Image.open(io.BytesIO(data), formats=_formats()) as image:
@@ -244,17 +232,6 @@ def is_upright_rgb_jpeg(data: bytes) -> bool:
 
 _SOS, _ADOBE = 0xDA, 0xEE  # JPEG markers
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-
-
-def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG from its frame header (ITU T.81, B.2.2); None if its markers are in disorder."""
-    at, length = 2, len(data)
-    while at + 9 <= length and data[at] == 0xFF and data[at + 1] != _SOS:
-        marker = data[at + 1]
-        if marker in _FRAMES:
-            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
 
 
 _YCBCR = 1  # Adobe's colour transform of ordinary colour JPEGs

@@ -1,5 +1,7 @@
 """Images as they come: every kind gives its right pixels, and no file ends or blocks the process."""
 
+import base64
+import hashlib
 import io
 import os
 import random
@@ -90,6 +92,64 @@ def test_pngs_and_gifs_have_the_pixels_that_torchvision_gives_them(photo: Image.
         assert torch.equal(
             decode(data), decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
         )
+
+
+# JPEGs of 27 x 21 pixels in base64, and blake2b digests of their pixels [3, H, W] as torchvision 0.29 decoded them.
+JPEGS = {
+    "4:2:0": (
+        "feb8b0644cad32e7aabc1d72cb8e586d",
+        "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6j"
+        "q62rZ4C8ybqmx5moq6T/2wBDARweHigjKE4rK06kbl1upKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSk"
+        "pKSkpKSkpKT/wAARCAAVABsDASIAAhEBAxEB/8QAGAAAAwEBAAAAAAAAAAAAAAAAAAQFAwH/xAApEAABAwMDAgUFAAAAAAAAAAAB"
+        "AAIDBBEhEkFRE2EFFCJxwTEyM+Hw/8QAFwEBAQEBAAAAAAAAAAAAAAAAAgQAA//EACERAAIBAwMFAAAAAAAAAAAAAAECAAMREgQT"
+        "wSEiIzFh/9oADAMBAAIRAxEAPwCPT09yMKzAwU9O+U2GkYuN9ljSwbkLWrILo4cEg6j24H92RxVgLzkjZsFnadgionkAEuGkX3v+"
+        "rqlBAOi30j6cpN4/DBgn7yONh8pKvrqmOskZDK5rGkNAudhnflHbNQ2HEuLALdj7jcj/AC9I6VoBItg+6VohrlL3Zc52TZCEk6Ur"
+        "yLSjxkyi1t/EHNJuGBoAt2v8qLq6pMjrlzyXH3OUIWuUBx+cx6k9qz//2Q==",
+    ),
+    "progressive, 4:2:2": (
+        "290836a6ea72d28ac136052b611c45e9",
+        "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6j"
+        "q62rZ4C8ybqmx5moq6T/2wBDARweHigjKE4rK06kbl1upKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSk"
+        "pKSkpKSkpKT/wgARCAAVABsDASEAAhEBAxEB/8QAFwABAQEBAAAAAAAAAAAAAAAABAMCAP/EABgBAAMBAQAAAAAAAAAAAAAAAAEC"
+        "AwAE/9oADAMBAAIQAxAAAAEbFXkrce359xNqyEUizf/EABsQAQACAwEBAAAAAAAAAAAAAAIAASEiMRBD/9oACAEBAAEFAiZWpOBV"
+        "YNReNqnepHfp2f/EABoRAAIDAQEAAAAAAAAAAAAAAAARAQMxEgL/2gAIAQMBAT8BYzxp1zDKsZZkH//EABsRAAIDAAMAAAAAAAAA"
+        "AAAAAAABAhESITJB/9oACAECAQE/Ac2SUReEVb5F1sTyf//EABgQAAMBAQAAAAAAAAAAAAAAAAABERAg/9oACAEBAAY/Ai8JCQ4y"
+        "7T//xAAdEAACAwACAwAAAAAAAAAAAAAAAREhMRBRYYHB/9oACAEBAAE/IQWToJJ5or1x79o/uLBySoaVC0nrYlZdQTprs//aAAwD"
+        "AQACAAMAAAAQfKnT/8QAGREBAQEBAQEAAAAAAAAAAAAAAQARIWFx/9oACAEDAQE/EHWErF9ujKHA/Ydx8L//xAAdEQABBAIDAAAA"
+        "AAAAAAAAAAAhAAERQTHRUWFx/9oACAECAQE/EHY0poYE2EUKY6TMW11kIUQJ8650v//EAB8QAQACAgIDAQEAAAAAAAAAAAEAESFB"
+        "MVFhccHh8P/aAAgBAQABPxCxMQ06KYs3qC8BRS93+XD4HHc2pGOAo28dH94h6V5nWj7GikAt0Z33KVClYfcN+bIaliGwgK8X9mVs"
+        "VV7cz//Z",
+    ),
+    "CMYK": (
+        "cb6185ef261c90b39718637edc4653fa",
+        "/9j/7gAOQWRvYmUAZAAAAAAA/9sAQwAbEhQXFBEbFxYXHhwbIChCKyglJShROj0wQmBVZWRfVV1baniZgWpxkHNbXYW1hpCeo6ut"
+        "q2eAvMm6pseZqKuk/8AAFAgAFQAbBEMRAE0RAFkRAEsRAP/EABoAAAICAwAAAAAAAAAAAAAAAAAFAwQBAgb/xAAtEAACAQMCAwcE"
+        "AwEAAAAAAAABAgMABBEhMQUSYRMUIkFRgZEkcaGxMsHC8P/aAA4EQwBNAFkASwAAPwBJbLtSqC18W1JLS17bGldNTa2XancAFnZy"
+        "3BxlFyuQSC3kPnFNF4RDHF2s7LGnq3n0HqelFNbZdqqW6934TKRy8zgRgN550OOuMn2rK2dm2RBbSTsMYOOVT7nX8UUwVfCKa2lr"
+        "9NHp5Vt3eyUlXtoFYHBBuQCD8UVxNsu1VILXxbVpwZY47czy/wAEXJ69PvRTa2Xao+MOrPDZIASp7Rz6HYD8n8VMi831l545X0jj"
+        "Gmeg9AP+yTqU1tl2ougPpbQYyT2jaHI8h/r4raQMWK3GXPKC0KNyxqBr4v35+wxRSzivHrux4hLbRRwlExgspzqAfXrVO/ubk3ko"
+        "guJ441PKFDkAEaHQH1BrAjDai6SPy5UgJUfY4OfmillsNqe30vcbGW5RAzIBgHbJIH91DZqTwmJQcCSVVbTcYJ/YFFNbYbUj4avb"
+        "TmWQ5d2LMcbk1M8zJK8uFLiXu8ZxogGdep0Pz7UU1thtTHl5+OMrHIjCqumwwD+yay8Qt1njGDFEExHjAYnGp8zqdug+9FcRcS94"
+        "uJZ+Xl7Ry+M5xk5qjCvbRiWQ5d8sxxuSar3V8bacwsZnKhfEs3IDoDsBgUV//9k=",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_jpegs_have_the_pixels_that_caches_were_filled_with(kind: str) -> None:
+    """On every processor, by whichever library decodes."""
+    expected, data = JPEGS[kind]
+    image = decode(base64.b64decode(data))
+    assert image.shape == (3, 21, 27)
+    assert hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=16).hexdigest() == expected
+
+
+def test_jpegs_have_the_pixels_that_torchvision_gives_them(photo: Image.Image) -> None:
+    for mode in ("RGB", "L", "CMYK"):
+        for options in ({}, {"progressive": True}, {"quality": 30}, {"subsampling": 0}, {"subsampling": 1}):
+            data = encoded(photo.convert(mode), "JPEG", **options)
+            theirs = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+            assert torch.equal(decode(data), theirs), (mode, options)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (5, 9), (37, 53)])

@@ -28,7 +28,7 @@ from pipelines.plan import RankPlan
 from pipelines.rendering import Renderer, StoredImages
 
 # Values of a teacher cache's fingerprint: another wording would refuse every cache ever filled. The pixels of
-# TurboJPEG are torchvision.io's.
+# Pillow and TurboJPEG are torchvision.io's.
 FINGERPRINT = {"backend": "torch", "decode": "torchvision.io", "resize": "bilinear, antialiased, uint8"}
 
 
