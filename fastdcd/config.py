@@ -273,6 +273,8 @@ class Train:
     fp32, several times slower. Matrix products, and so all losses, are never in TF32."""
     compile: bool = False
     """torch.compile the student."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of a moving average of the student's weights, which is evaluated and saved beside it; 0: none."""
     accumulate: Positive = 1
     """Split each batch into this many parts to save memory; the optimizer still steps once a batch. BatchNorm
     and DCD's negatives then see a part at a time."""

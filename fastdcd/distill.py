@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastdcd.average import MovingAverage
 from fastdcd.config import Loss
 from fastdcd.losses.terms import LossInputs
 from fastdcd.models import FeatureModel, ModelOutput
@@ -32,6 +33,7 @@ class DistillModule(nn.Module):
         """
         super().__init__()
         self.student, self.normalize = student, normalize
+        self.average: MovingAverage | None = None
         self.weights = {name: weight for name in config.terms if (weight := config.weight(name)) > 0}
         self.terms = nn.ModuleDict(
             {
@@ -88,15 +90,28 @@ class DistillModule(nn.Module):
         """Whether BatchNorm looks at all processes' rows, so that none may stay away."""
         return any(isinstance(each, nn.SyncBatchNorm) for each in self.student.modules())
 
+    def start_average(self, decay: float) -> None:
+        """Keep a moving average of the student's weights from here on."""
+        self.average = MovingAverage(self.student, decay)
+
+    def predict_average(self, images: Tensor) -> Tensor:
+        """`predict` by the averaged student."""
+        assert self.average is not None
+        logits: Tensor = self.average(self.normalize(images)).logits
+        return logits
+
     def predict(self, images: Tensor) -> Tensor:
         """Logits [n, classes] of images uint8 [n, 3, H, W], without any loss."""
         logits: Tensor = self.student(self.normalize(images)).logits
         return logits
 
-    def after_step(self) -> None:
-        """Let the terms bound what they learn, after an optimizer step."""
+    def after_step(self, number: int, taken: Tensor) -> None:
+        """Let the terms bound what they learn and the average move, after optimizer step `number`; `taken` (bool,
+        0-dimensional) says whether it was taken."""
         for term in self.terms.values():
             term.after_step()  # type: ignore[operator]
+        if self.average is not None:
+            self.average.update(self.student, number, taken)
 
 
 def no_weight_decay(module: nn.Module, *, decay_norms_and_biases: bool) -> set[str]:

@@ -224,6 +224,9 @@ def build_student(
         teacher_dim=teacher_dim,
         teacher_classes=teacher.classes if teacher else None,
     )
+    if config.train.ema:
+        assert isinstance(module, DistillModule)
+        module.start_average(config.train.ema)
     if section.sync_bn and accelerator.num_processes > 1:
         if accelerator.device.type == "cpu":
             raise ValueError("student.sync_bn: got true, but torch has it on GPUs only; set it false or use GPUs")
@@ -264,21 +267,27 @@ def write_results(
     module: DistillModule,
     progress: Progress,
     accuracy: Accuracy | None,
+    average_accuracy: Accuracy | None,
     teacher_accuracy: Accuracy | None,
     finished: bool,
 ) -> dict[str, Any]:
-    """Write summary.json, and student.safetensors if the run is finished. Returns the summary."""
+    """Write summary.json; if the run is finished student.safetensors, and student-ema.safetensors if there is a moving
+    average. Returns the summary."""
     assert config.run.dir is not None
     summary = {
         "finished": finished,
         **asdict(progress),
         "top1": accuracy.top1 if accuracy else None,
         "top5": accuracy.top5 if accuracy else None,
+        **({"ema_top1": average_accuracy.top1, "ema_top5": average_accuracy.top5} if average_accuracy else {}),
         "teacher_top1": teacher_accuracy.top1 if teacher_accuracy else None,
         "student_parameters": sum(parameter.numel() for parameter in module.student.parameters()),
     }
     if accelerator.is_main_process:
         if finished:
             weights.save(config.run.dir / "student.safetensors", module.student.original_state_dict())
+            if module.average is not None:
+                averaged = module.average.network.original_state_dict()
+                weights.save(config.run.dir / "student-ema.safetensors", averaged)
         write_json(config.run.dir / "summary.json", summary)
     return summary

@@ -72,7 +72,7 @@ class TrainStep:
             self._accelerator.clip_grad_norm_(self.wrapped.parameters(), self._cfg.train.clip)
         finite = self._guard.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.module.after_step()
+        self.module.after_step(number, finite)
         self._means.add(terms, taken=finite)
         mark("optimizer")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ if __name__ == "__main__":  # run by path: import from the checkout, not from th
 
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from fastdcd import checkpoint, cli, config_file, experiment, resume, run_folder, start_summary
 from fastdcd.checkpoint import Progress, Saved
@@ -74,6 +76,7 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
         watch = Stopwatch(progress.seconds)
         teacher_images = progress.teacher_images  # of the processes before this one
         accuracy: Accuracy | None = None
+        averaged: Accuracy | None = None  # of the student's moving average
 
         def now() -> Progress:
             return replace(progress, seconds=watch.seconds, teacher_images=teacher_images + mode.images_seen)
@@ -83,8 +86,14 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
             checkpoint.save(cfg, origin, now(), module, step.optimizer, accelerator)
 
         def evaluate_student() -> Accuracy | None:
+            return measure(module.predict)
+
+        def evaluate_average() -> Accuracy | None:
+            return measure(module.predict_average) if module.average is not None else None
+
+        def measure(predict: Callable[[Tensor], Tensor]) -> Accuracy | None:
             module.eval()
-            return evaluate(module.predict, val_set, accelerator, cfg.eval, size=cfg.eval_size, stop=stop.poll)
+            return evaluate(predict, val_set, accelerator, cfg.eval, size=cfg.eval_size, stop=stop.poll)
 
         def limit_reached() -> bool:
             return 0 < cfg.train.max_steps <= progress.step
@@ -139,12 +148,15 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
             if progress.step_in_epoch == plan.steps:
                 mode.end()
                 if (epoch + 1) % cfg.eval.every == 0 or epoch + 1 == cfg.train.epochs:
-                    accuracy = evaluate_student()
-                    if accuracy is None:  # asked to stop: evaluated when the run goes on
+                    accuracy, averaged = evaluate_student(), evaluate_average()
+                    if accuracy is None or (
+                        module.average is not None and averaged is None
+                    ):  # asked to stop: evaluated when the run goes on
                         save()
                         break
                     progress = replace(progress, best_top1=max(progress.best_top1, accuracy.top1))
-                    metrics.write("eval", epoch=epoch, step=progress.step, **accuracy._asdict())
+                    ema = {f"ema_{name}": value for name, value in averaged._asdict().items()} if averaged else {}
+                    metrics.write("eval", epoch=epoch, step=progress.step, **accuracy._asdict(), **ema)
                     bar.note(f"epoch {epoch + 1}, top-1 {accuracy.top1:.2f} %")
                 progress = replace(progress, epoch=epoch + 1, step_in_epoch=0)
                 metrics.write("epoch", epoch=epoch, step=progress.step, seconds=watch.seconds)
@@ -155,10 +167,12 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
         # ---- the results
         finished = progress.epoch == cfg.train.epochs
         if finished and accuracy is None:  # resumed when all was done
-            accuracy = evaluate_student()
+            accuracy, averaged = evaluate_student(), evaluate_average()
         metrics.close()
         accelerator.end_training()
-        summary = experiment.write_results(cfg, accelerator, module, now(), accuracy, teacher_accuracy, finished)
+        summary = experiment.write_results(
+            cfg, accelerator, module, now(), accuracy, averaged, teacher_accuracy, finished
+        )
     if finished and accuracy:
         accelerator.print(
             f"done: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %; results in {cfg.run.dir}"
