@@ -1,16 +1,18 @@
-"""The paper's CIFAR-100 pairs by seed, beside its figures: teachers first, then every student, run after run.
+"""CIFAR-100 pairs by seed, beside published figures: teachers first, then every student, run after run, from one cache.
 
-Each run is `fastdcd/train.py` with a config of configs/cifar100/ (by default of its fast recipe). When the minutes are
-over, the run that is going on saves a checkpoint and stops; started again, everything goes on where it was. Runs live
-in runs/cifar100/ and are not made twice.
+Each run is `fastdcd/train.py` with a config of configs/cifar100/ (by default of its fast recipe: all methods share it, and
+one cache for each teacher). When the minutes are over, the run in progress saves a checkpoint and stops; started again,
+everything goes on where it was. Runs live in runs/cifar100/ and are not made twice. Every start writes the
+table of what is finished, with the command of each row. Last comes DCD beside the best of the other losses.
 
-    python benchmarks/cifar_pairs.py --minutes 8
+    python benchmarks/cifar_pairs.py --only resnet56/resnet20 --minutes 60
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,13 +30,40 @@ import numpy as np
 from benchmarks import record
 from fastdcd import cli
 
-# Published top-1 % (arXiv 2407.11802): teacher; student alone, KD, DCD, DCD + KD.
-PUBLISHED = {
-    ("resnet32x4", "resnet8x4"): (79.42, 72.50, 73.33, 74.23, 75.09),
-    ("wrn-40-2", "wrn-16-2"): (75.61, 73.26, 74.92, 74.99, 76.06),
-    ("resnet56", "resnet20"): (72.34, 69.06, 70.66, 71.18, 71.81),
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to train a student: the end of its config's name ("" for none), and what it changes there."""
+
+    config: str
+    settings: tuple[str, ...] = ()
+
+
+# With the settings of their papers for CIFAR; DKD's warm-up is its 20 of 240 epochs.
+OTHERS = {
+    "DKD": Method(config="kd", settings=("loss.kd=0", "loss.dkd=1", "loss.dkd_beta=8", "loss.dkd_warmup=5")),
+    "DIST": Method(config="kd", settings=("loss.kd=0", "loss.dist=1")),
+    "KD, standardised": Method(
+        config="kd",
+        settings=("loss.ce=0.1", "loss.kd=9", "loss.kd_standardize=true", "loss.kd_temperature=2"),
+    ),
 }
-METHODS = {"": "no teacher", "kd": "KD", "dcd": "DCD", "dcd_kd": "DCD + KD"}
+METHODS = {
+    "no teacher": Method(config=""),
+    "KD": Method(config="kd"),
+    "DCD": Method(config="dcd"),
+    "DCD + KD": Method(config="dcd_kd"),
+    **OTHERS,
+}
+FIRST = ("no teacher", "KD", "DCD", "DCD + KD")  # the paper's own columns
+
+# Published top-1 %, the authors' own tables (arXiv 2407.11802, 2203.08679, 2205.10536, 2403.01427): the teacher's, then
+# METHODS in order; None where there is none.
+PUBLISHED: dict[tuple[str, str], tuple[float | None, ...]] = {
+    ("resnet32x4", "resnet8x4"): (79.42, 72.50, 73.33, 74.23, 75.09, 76.32, 76.31, 76.62),
+    ("wrn-40-2", "wrn-16-2"): (75.61, 73.26, 74.92, 74.99, 76.06, 76.24, None, 76.11),
+    ("resnet56", "resnet20"): (72.34, 69.06, 70.66, 71.18, 71.81, 71.97, 71.75, 71.43),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,47 +88,104 @@ def main() -> int:
     )
     parser.add_argument("--recipe", default="configs/cifar100/fast", help="a folder of configs; default fast")
     parser.add_argument("--pairs", type=int, default=len(PUBLISHED), help="how many, in the order of the table")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS.values()), choices=METHODS.values())
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", metavar="TEACHER/STUDENT", help="these pairs instead")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=[*METHODS])
+    parser.add_argument("--seeds", type=int, default=3, help="of the paper's own methods; default 3")
+    parser.add_argument("--other-seeds", type=int, default=2, help="of the other losses; default 2")
+    parser.add_argument(
+        "--best", action=argparse.BooleanOptionalAction, default=True, help="DCD beside the best other"
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="stop after so many; go on when started again")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are written; default runs")
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="for every run")
     parser.add_argument("--name", default="cifar-pairs", help="results are written to benchmarks/results/NAME")
     arguments = parser.parse_args()
     until = time.monotonic() + 60 * arguments.minutes
-    pairs = list(PUBLISHED)[: arguments.pairs]
+    pairs = chosen(arguments)
     teachers = {teacher: run(arguments, f"teachers/{teacher}") for teacher, _ in pairs}
-    students = dict(cells(arguments, pairs, teachers))
-    for each in (*teachers.values(), *students.values()):
-        if not each.summary and not train(arguments, each, until):
-            break
-    complete = all(each.summary for each in (*teachers.values(), *students.values()))
+    students = dict(cells(arguments, pairs, teachers, METHODS))
+    complete = finish(arguments, (*teachers.values(), *students.values()), until)
+    if complete and arguments.best:
+        for pair in pairs:
+            if best := best_other(pair, students):
+                methods = {f"DCD + {best}": with_dcd(OTHERS[best])}
+                more = dict(cells(arguments, [pair], teachers, methods))
+                students |= more
+                complete = finish(arguments, tuple(more.values()), until) and complete
     write(arguments, pairs, teachers, students, complete)
     return 0
 
 
-def run(arguments: argparse.Namespace, name: str, *settings: str, seed: int | None = None) -> Run:
+def chosen(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """The pairs that were asked for. Raises ValueError for one that is not in the table."""
+    if not arguments.only:
+        return list(PUBLISHED)[: arguments.pairs]
+    known = {"/".join(pair): pair for pair in PUBLISHED}
+    if unknown := [name for name in arguments.only if name not in known]:
+        raise ValueError(f"--only: got {unknown[0]!r}, expected one of {', '.join(known)}")
+    return [known[name] for name in arguments.only]
+
+
+def with_dcd(method: Method) -> Method:
+    return Method(config="dcd_kd", settings=(*method.settings, "loss.dcd=1"))
+
+
+def best_other(pair: tuple[str, str], students: dict[tuple[str, str, str, int], Run]) -> str | None:
+    """The other loss with the highest mean so far; None if none was run."""
+    means = {
+        title: np.mean([each.summary["top1"] for key, each in students.items() if key[:3] == (*pair, title)])
+        for title in OTHERS
+        if any(key[:3] == (*pair, title) for key in students)
+    }
+    return max(means, key=lambda title: means[title]) if means else None
+
+
+def finish(arguments: argparse.Namespace, runs: tuple[Run, ...], until: float) -> bool:
+    """Train what is not finished, until the time is over; whether all are."""
+    return all(each.summary or train(arguments, each, until) for each in runs)
+
+
+def run(
+    arguments: argparse.Namespace, name: str, *settings: str, folder: str = "", seed: int | None = None
+) -> Run:
     seeded = () if seed is None else (f"run.seed={seed}",)
-    folder = (
-        arguments.runs / Path(arguments.recipe).relative_to("configs") / (f"{name}-{seed}" if seeded else name)
+    below = arguments.runs / Path(arguments.recipe).relative_to("configs")
+    return Run(
+        config=f"{arguments.recipe}/{name}.yaml",
+        settings=(*settings, *seeded),
+        folder=below / (f"{folder or name}-{seed}" if seeded else name),
     )
-    return Run(config=f"{arguments.recipe}/{name}.yaml", settings=(*settings, *seeded), folder=folder)
 
 
 def cells(
-    arguments: argparse.Namespace, pairs: list[tuple[str, str]], teachers: dict[str, Run]
+    arguments: argparse.Namespace,
+    pairs: list[tuple[str, str]],
+    teachers: dict[str, Run],
+    methods: dict[str, Method],
 ) -> Iterator[tuple[tuple[str, str, str, int], Run]]:
     """(teacher, student, method, seed) and its run; all cells of a seed before those of the next."""
-    for seed in range(arguments.seeds):
+    for seed in range(max(arguments.seeds, arguments.other_seeds)):
         for teacher, student in pairs:
-            for method, title in METHODS.items():
-                if title not in arguments.methods:
+            for title, method in methods.items():
+                if title in METHODS and title not in arguments.methods:
                     continue
-                name = f"{teacher}_{student}_{method}" if method else student
-                taught = (
-                    (f"teacher.checkpoint={teachers[teacher].folder / 'student.safetensors'}",) if method else ()
-                )
-                yield (teacher, student, title, seed), run(arguments, name, *taught, seed=seed)
+                if seed >= (arguments.seeds if title in FIRST else arguments.other_seeds):
+                    continue
+                name = f"{teacher}_{student}_{method.config}" if method.config else student
+                checkpoint = f"teacher.checkpoint={teachers[teacher].folder / 'student.safetensors'}"
+                taught = (checkpoint, *method.settings) if method.config else method.settings
+                # the three configs' own folders keep their names
+                folder = name if title in FIRST else f"{teacher}_{student}_{_slug(title)}"
+                yield (teacher, student, title, seed), run(arguments, name, *taught, folder=folder, seed=seed)
+
+
+def _slug(title: str) -> str:
+    return title.lower().replace(" + ", "_").replace(", ", "_").replace(" ", "_")
+
+
+def command_of(arguments: argparse.Namespace, each: Run) -> list[str]:
+    command = ["fastdcd/train.py", "--config", each.config, "--resume", "auto"]
+    return [*command, "--set", f"run.dir={each.folder}", *each.settings, *arguments.set]
 
 
 def train(arguments: argparse.Namespace, each: Run, until: float) -> bool:
@@ -110,8 +196,8 @@ def train(arguments: argparse.Namespace, each: Run, until: float) -> bool:
     left = until - time.monotonic()
     if left <= 0:
         return False
-    command = [sys.executable, str(ROOT / "fastdcd/train.py"), "--config", each.config, "--resume", "auto"]
-    command += ["--set", f"run.dir={each.folder}", *each.settings, *arguments.set]
+    script, *rest = command_of(arguments, each)
+    command = [sys.executable, str(ROOT / script), *rest]
     program = subprocess.Popen(command)
     try:
         program.wait(left)
@@ -132,41 +218,46 @@ def write(
 ) -> None:
     """A row for each cell with its runs so far."""
     table = [
-        "| teacher -> student | method | top-1 %, mean (lowest to highest) | seeds | published | minutes a run |"
+        "| teacher -> student | method | top-1 %, mean (lowest to highest) | seeds | published | minutes a run | command |"
     ]
-    table.append("|---" * 6 + "|")
+    table.append("|---" * 7 + "|")
     for pair in pairs:
         teacher, student = pair
-        if found := teachers[teacher].summary:
-            minutes = f"{found['seconds'] / 60:.1f}"
-            table.append(
-                f"| {teacher} | teacher | {found['top1']:.2f} | 1 | {PUBLISHED[pair][0]:.2f} | {minutes} |"
-            )
-        for title, published in zip(METHODS.values(), PUBLISHED[pair][1:], strict=True):
-            runs = [
-                each.summary
-                for (*cell, _), each in students.items()
-                if cell == [teacher, student, title] and each.summary
-            ]
-            if not runs:
+        published = dict(zip(("teacher", *METHODS), PUBLISHED[pair], strict=True))
+        rows = {"teacher": [teachers[teacher]]}
+        for (*cell, title, _), each in students.items():
+            if tuple(cell) == pair:
+                rows.setdefault(title, []).append(each)
+        for title, runs in rows.items():
+            finished = [each for each in runs if each.summary]
+            if not finished:
                 continue
-            top1 = [each["top1"] for each in runs]
-            minutes = f"{np.median([each['seconds'] for each in runs]) / 60:.1f}"
-            spread = f"{np.mean(top1):.2f} ({min(top1):.2f} to {max(top1):.2f})"
+            top1 = [each.summary["top1"] for each in finished]
+            minutes = np.median([each.summary["seconds"] for each in finished]) / 60
+            figure = published.get(title)
             table.append(
-                f"| {teacher} -> {student} | {title} | {spread} | {len(runs)} | {published:.2f} | {minutes} |"
+                f"| {teacher if title == 'teacher' else f'{teacher} -> {student}'} | {title} | {np.mean(top1):.2f} "
+                f"({min(top1):.2f} to {max(top1):.2f}) | {len(top1)} | {'' if figure is None else f'{figure:.2f}'} | "
+                f"{minutes:.1f} | `python {shlex.join(command_of(arguments, finished[0]))}` |"
             )
     if not complete:
         table += ["", "Not complete: start it again to go on."]
-    rows = [
-        {"teacher": teacher, "student": student, "method": method, "seed": seed, **each.summary}
+    results_rows = [
+        {
+            "teacher": teacher,
+            "student": student,
+            "method": method,
+            "seed": seed,
+            "command": shlex.join(command_of(arguments, each)),
+            **each.summary,
+        }
         for (teacher, student, method, seed), each in students.items()
         if each.summary
     ]
     results = {"complete": complete, "teachers": {name: each.summary for name, each in teachers.items()}}
     record.write(
         arguments.name,
-        {**results, "recipe": arguments.recipe, "overrides": arguments.set, "runs": rows},
+        {**results, "recipe": arguments.recipe, "overrides": arguments.set, "runs": results_rows},
         "\n".join(table),
     )
 

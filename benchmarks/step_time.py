@@ -34,6 +34,19 @@ VARIANTS = {
     "DCD + KD, cached": ["loss.kd=1", "loss.dcd=1", "teacher.mode=cached"],
     "DCD + KD, online": ["loss.kd=1", "loss.dcd=1", "teacher.mode=online"],
 }
+# One loss of logits each, beside cross-entropy, from a cache.
+SINGLE = {
+    "plain cross-entropy": VARIANTS["plain cross-entropy"],
+    **{
+        f"{name}, cached": ["loss.kd=0", "loss.dcd=0", "teacher.mode=cached", *settings]
+        for name, settings in {
+            "KD": ["loss.kd=1"],
+            "KD, standardised": ["loss.kd=1", "loss.kd_standardize=true"],
+            "DKD": ["loss.dkd=1"],
+            "DIST": ["loss.dist=1"],
+        }.items()
+    },
+}
 COMPILED = {
     f"{name}, compiled": [*settings, "train.compile=true", "teacher.compile=true"]
     for name, settings in VARIANTS.items()
@@ -93,9 +106,10 @@ def main() -> int:
         default=False,
         help="each also with student and teacher compiled",
     )
+    parser.add_argument("--single", action="store_true", help="each loss of logits by itself instead of DCD + KD")
     parser.add_argument("--name", required=True, help="results are written to benchmarks/results/NAME")
     arguments = parser.parse_args()
-    variants = {**VARIANTS, **(COMPILED if arguments.compiled else {})}
+    variants = SINGLE if arguments.single else {**VARIANTS, **(COMPILED if arguments.compiled else {})}
     with tempfile.TemporaryDirectory() as scratch:
         results = measure(arguments.config, arguments.set, variants, arguments.steps, Path(scratch))
     lines = [
@@ -130,7 +144,8 @@ def measure(
         f"run.dir={scratch / 'run'}",
     ]
     configs = {name: config_file.load(file, [*common, *settings]) for name, settings in variants.items()}
-    with (parts := filling.open_parts(configs["DCD + KD, cached"])).loader:
+    cached = next(each for each in configs.values() if each.teacher.mode == "cached")
+    with (parts := filling.open_parts(cached)).loader:
         filling.fill(parts)
 
     times = in_turns({name: steps_of(each, accelerator) for name, each in configs.items()}, steps)
