@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -21,10 +21,20 @@ class GuardedOptimizer:
     """
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, accelerator: Accelerator, *, limit: int) -> None:
-        """`limit` skipped steps in a row end the run."""
+        """`limit` skipped steps in a row end the run. `flatten_buffers` was called on `module` before DDP wrapped it."""
         self._parameters = [each for each in module.parameters() if each.requires_grad]
-        self._buffers = [each for each in module.buffers() if each.is_floating_point()]
-        self._good_buffers = _flat(self._buffers)
+        self._by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        for each in self._parameters:
+            self._by_dtype.setdefault(each.dtype, []).append(each)
+        self._found, self._one = (
+            torch.zeros(1, device=accelerator.device),
+            torch.ones(1, device=accelerator.device),
+        )
+        buffers = [each for each in module.buffers() if each.is_floating_point()]
+        storages = {each.untyped_storage().data_ptr(): each for each in buffers}
+        # each as one run of numbers: one kernel copies or chooses all of them
+        self._buffers = [each.detach().as_strided((_numel(each),), (1,), 0) for each in storages.values()]
+        self._good_buffers = [each.clone() for each in self._buffers]
         self._optimizer, self._scaler, self._limit = optimizer, accelerator.scaler, limit
         self._own: Optimizer = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
         # torch's own sign, which GradScaler looks for
@@ -38,19 +48,21 @@ class GuardedOptimizer:
 
     def remember(self) -> None:
         """Note BatchNorm statistics, before the forward pass moves them."""
-        self._good_buffers = _flat(self._buffers)
+        for good, now in zip(self._good_buffers, self._buffers, strict=True):
+            good.copy_(now)
 
     @torch.no_grad()
     def step(self) -> Tensor:
         """One optimizer step, after backward (and clipping). Returns whether it was taken: bool, 0-dimensional."""
-        gradients = [each.grad for each in self._parameters if each.grad is not None]
-        # the largest magnitude: a sum of squares could overflow where no gradient did
-        finite = torch.stack(torch._foreach_norm(gradients, ord=float("inf"))).amax().isfinite()
+        self._found.zero_()
+        for parameters in self._by_dtype.values():
+            if gradients := [each.grad for each in parameters if each.grad is not None]:
+                # GradScaler's own check: one call, a factor of 1 leaves every number as it is
+                torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._found, self._one)
+        finite = self._found[0] == 0
         self._step(finite)
-        if self._buffers:
-            good_buffers = torch.where(finite, _flat(self._buffers), self._good_buffers)
-            good = good_buffers.split([each.numel() for each in self._buffers])
-            torch._foreach_copy_(self._buffers, [g.view_as(b) for g, b in zip(good, self._buffers, strict=True)])
+        for good, now in zip(self._good_buffers, self._buffers, strict=True):
+            torch.where(finite, now, good, out=now)
         self._skipped += ~finite
         self._in_a_row.add_(1).mul_(~finite)
         torch.maximum(self._most, self._in_a_row, out=self._most)
@@ -94,6 +106,26 @@ class GuardedOptimizer:
             )
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All numbers one after the other, [n]."""
-    return torch.cat([each.detach().reshape(-1) for each in tensors]) if tensors else torch.empty(0)
+def flatten_buffers(module: nn.Module) -> None:
+    """Let a module's floating-point buffers lie in one tensor for each kind, so that a single kernel copies all of them:
+    for a ResNet-50 there are 106, and a copy of each would cost the host more than the step's arithmetic costs a GPU.
+
+    Names, values and state_dict stay. Call it before anything keeps the buffers themselves, as DDP does.
+    """
+    owners: dict[tuple[torch.dtype, torch.device], list[tuple[nn.Module, str, Tensor]]] = {}
+    for each in module.modules():
+        for name, buffer in each._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                owners.setdefault((buffer.dtype, buffer.device), []).append((each, name, buffer))
+    for kind in owners.values():
+        distinct = list({id(buffer): buffer for *_, buffer in kind}.values())  # two modules may share one
+        flat = torch.cat([buffer.detach().reshape(-1) for buffer in distinct])
+        pieces = flat.split([buffer.numel() for buffer in distinct])
+        placed = {id(old): new.view(old.shape) for old, new in zip(distinct, pieces, strict=True)}
+        for owner, name, buffer in kind:
+            owner._buffers[name] = placed[id(buffer)]
+
+
+def _numel(tensor: Tensor) -> int:
+    """Numbers in a tensor's whole storage."""
+    return tensor.untyped_storage().nbytes() // tensor.element_size()

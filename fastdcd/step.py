@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdcd.config import Config
 from fastdcd.distill import DistillModule
-from fastdcd.guard import GuardedOptimizer
+from fastdcd.guard import GuardedOptimizer, flatten_buffers
 from fastdcd.metrics import RunningMeans
 from fastdcd.models import ModelOutput
 from fastdcd.optim import build_optimizer
@@ -38,6 +38,7 @@ class TrainStep:
         self, cfg: Config, module: DistillModule, accelerator: Accelerator, *, steps_per_epoch: int
     ) -> None:
         self.module = module
+        flatten_buffers(module)
         self.wrapped, self.optimizer = accelerator.prepare(module, build_optimizer(module, cfg.optim))
         self._cfg, self._accelerator, self._steps_per_epoch = cfg, accelerator, steps_per_epoch
         self._guard = GuardedOptimizer(module, self.optimizer, accelerator, limit=cfg.train.max_skipped)
