@@ -271,8 +271,9 @@ class Train:
     tf32: bool = True
     """On a GPU: convolutions of fp32 networks in TF32 (10 bits of mantissa), as is torch's default. False: in full
     fp32, several times slower. Matrix products, and so all losses, are never in TF32."""
-    compile: bool = False
-    """torch.compile the student."""
+    compile: bool | Literal["reduce-overhead"] = False
+    """true: torch.compile the student, as graphs of static shapes; the short batch at the end of an epoch runs
+    uncompiled. reduce-overhead: as CUDA graphs too, for steps that are limited by the host; not yet measured."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of a moving average of the student's weights, which is evaluated and saved beside it; 0: none."""
     accumulate: Positive = 1

@@ -36,8 +36,10 @@ from pipelines.index import DatasetIndex
 from pipelines.plan import EpochPlan, epoch_order
 from pipelines.views import FAMILIES, ViewFamily
 
-# DDP averages gradients over processes; BatchNorm buffers of rank 0 are sent to the others each step.
-_DDP = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+# DDP averages gradients over processes. It need not send BatchNorm's statistics at every step, 2 collectives and a copy
+# for each: in training nothing reads them, and the first process's, which count, are the same either way.
+# `broadcast_buffers` gives them to all at the end of an epoch.
+_DDP = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 PCI = Path("/sys/bus/pci/devices")  # what Linux says of each
@@ -236,12 +238,13 @@ def build_student(
     if section.channels_last:
         module.to(memory_format=torch.channels_last)
     if config.train.compile:
-        module.student.compile()  # in place: names in checkpoints stay the same
+        mode = None if config.train.compile is True else config.train.compile
+        module.student.compile(dynamic=False, mode=mode)  # in place: names in checkpoints stay the same
     return module
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give all processes the first one's buffers (BatchNorm statistics), as DDP does before each step only."""
+    """Give all processes the first one's buffers (BatchNorm statistics): each has moved its own by its own rows."""
     broadcast(list(module.buffers()))
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -89,10 +90,20 @@ class TrainStep:
         for part, own in enumerate(_split(inputs, parts)):
             # DDP exchanges gradients once per batch, with its last part
             with nullcontext() if part == parts - 1 else self._accelerator.no_sync(self.wrapped):
-                terms = self.wrapped(*own, divisor, epoch)
+                with self._compiled(whole=rows == self._cfg.data.batch_size):
+                    terms = self.wrapped(*own, divisor, epoch)
                 self._accelerator.backward(terms["loss"] / parts)
             means.add(terms)
         return means.on_device()
+
+    def _compiled(self, *, whole: bool) -> AbstractContextManager[object]:
+        """Short batches, one each epoch, run uncompiled: graphs are of static shapes, and one more would not pay."""
+        if not self._cfg.train.compile:
+            return nullcontext()
+        if not whole:
+            return torch.compiler.set_stance("force_eager")
+        torch.compiler.cudagraph_mark_step_begin()  # what the last graph returned may be overwritten
+        return nullcontext()
 
     def learning_rate(self, number: int) -> float:
         """The learning rate of step `number`, counted from 0 over the whole run."""

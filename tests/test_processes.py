@@ -19,9 +19,10 @@ import torch
 from accelerate import Accelerator
 from conftest import BOTH, ROOT, Digits, absent, metric_lines, run_program
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from fastdcd import config, experiment
-from fastdcd.guard import GuardedOptimizer
+from fastdcd.guard import GuardedOptimizer, flatten_buffers
 from fastdcd.optim import build_optimizer
 from fastdcd.train import train
 
@@ -184,6 +185,27 @@ def test_a_skipped_step_leaves_no_trace(name: str, bad_first: bool) -> None:
     guard.check(1)
     with pytest.raises(FloatingPointError, match="2 steps in a row"):
         guard.check(2)
+
+
+def test_skipping_costs_a_few_calls_whatever_the_depth() -> None:
+    """The host issues as many for 50 layers of BatchNorm as for one; buffers keep their names and values."""
+    counts = []
+    for layers in (1, 50):
+        module = nn.Sequential(*(nn.BatchNorm1d(6) for _ in range(layers)))
+        for each in module:
+            each.running_mean.uniform_()
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        flatten_buffers(module)
+        assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, fused=True)
+        guard = GuardedOptimizer(module, optimizer, Accelerator(cpu=True), limit=2)
+        module(torch.randn(16, 6)).square().mean().backward()
+        optimizer.step = lambda: None  # what the optimizer does is not the guard's
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            guard.remember()
+            guard.step()
+        counts.append(sum(each.count for each in recorded.key_averages() if each.key.startswith("aten::")))
+    assert counts[0] == counts[1] < 40
 
 
 def test_all_processes_skip_a_step_that_is_bad_on_one(digits: Digits, students: Path, tmp_path: Path) -> None:

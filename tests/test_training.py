@@ -214,6 +214,29 @@ def test_a_compiled_student_trains_and_is_saved_under_its_own_names(digits: Digi
     assert not any("_orig_mod" in name for name in names)
 
 
+def test_graphs_of_a_compiled_student_are_of_static_shapes(
+    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short batch at an epoch's end makes no graph, and none that takes any size."""
+    seen: list[tuple[bool, list[Any]]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        pixels = next(each for each in inputs if isinstance(each, torch.Tensor) and each.shape[1:] == (3, 8, 8))
+        seen.append((torch.is_grad_enabled(), [*pixels.shape]))
+        return graph
+
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, dynamic, mode: compiled(self, backend=backend, dynamic=dynamic)
+    )
+    sections = {"teacher": {"mode": "none"}, "eval": {"batch_size": 128}}
+    train(digits.config(tmp_path / "run", train={"epochs": 2, "compile": True}, **sections))
+    torch._dynamo.reset()
+    sizes = [[64, 3, 8, 8], [128, 3, 8, 8], [72, 3, 8, 8]]  # 500 = 7 x 64 + 52; an evaluation of 200 images
+    assert [shape for _, shape in seen] == sizes and [grad for grad, _ in seen] == [True, False, False]
+    assert all(type(size) is int for _, shape in seen for size in shape)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "triangular", "one_cycle"])
 def test_learning_rates(digits: Digits, tmp_path: Path, schedule: str) -> None:
     section = {"name": schedule, "warmup": 1, "milestones": [2]}
