@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdcd import teacher as teachers
 from fastdcd.cache.storable import check_storable, least_cosine
-from fastdcd.cache.store import ENVIRONMENT, CacheMismatch, Manifest, TeacherCache, different_environment
+from fastdcd.cache.store import ENVIRONMENT, PIXELS, CacheMismatch, Manifest, TeacherCache, different_environment
 from fastdcd.config import Config
 from fastdcd.models import ModelOutput
 from fastdcd.teacher import Teacher
@@ -322,6 +322,7 @@ def expected_manifest(config: Config, loader: Loader, family: ViewFamily, teache
         fingerprint={
             **teachers.fingerprint(teacher),
             "data.index": index.digest,
+            **({PIXELS: index.pixels_digest} if index.pixels_digest else {}),
             "views.seed": str(config.views.seed),
             **{f"views.{key}": str(value) for key, value in views.describe(family).items()},
             **{f"views.augment.{key}": value for key, value in config.views.augment.describe().items()},
@@ -395,9 +396,10 @@ def check_range(config: Config, loader: Loader, family: ViewFamily, teacher: Tea
 def _look(
     config: Config, loader: Loader, family: ViewFamily, teacher: Teacher, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Ids int64 [n] of `count` samples spread over the set, with the partners of mixed ones; and the live teacher's
-    features of their last view [n, d]."""
-    ids = torch.linspace(0, len(loader.index) - 1, count, dtype=torch.float64).long()
+    """Ids int64 [n] of `count` samples drawn by hash, others for another run.seed, with the partners of mixed ones; and
+    the live teacher's features of their last view [n, d]."""
+    keys = views.hash_key(config.run.seed, np.arange(len(loader.index)), 0)
+    ids = torch.from_numpy(np.sort(np.argsort(keys, kind="stable")[:count]))
     view, augment = config.view_count - 1, config.views.augment
     if augment.mixes:
         partner = partners(len(loader.index), config.views.seed, view)

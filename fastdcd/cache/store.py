@@ -14,7 +14,6 @@ is readable once complete. Nothing is pickled.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -29,16 +28,19 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import NonNegativeInt, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastdcd import models, weights
 from pipelines.files import Lock, explain_full_disk, human_bytes, replace_file, write_json
+from pipelines.formats.checked import Record, read_array, read_record
 from pipelines.prefetch import copy_stream
 
 FORMAT = "fastdcd-cache-1"
 ENVIRONMENT = "environment."  # begins the names of what of the machine, not of the config, decides features
+PIXELS = "loader.pixels"  # of a fingerprint: a digest of the stored pixels, where they were summed
 BLOCK_ROWS = 1024
 _LOAD_ROWS = 1 << 14  # rows that `load` holds in pinned memory at a time
 _MOST_TRAVELLING = 8  # batches of rows between a GPU and the disk
@@ -144,6 +146,18 @@ def different_environment(stored: Mapping[str, str], wanted: Mapping[str, str]) 
     ]
 
 
+class _StoredManifest(Record):
+    """manifest.json."""
+
+    format: str
+    classifier: str  # digest of classifier.safetensors
+    rows: NonNegativeInt
+    dim: PositiveInt
+    views: PositiveInt
+    dtype: str
+    fingerprint: dict[str, str]
+
+
 class CacheMismatch(ValueError):
     """A cache is of something else: another teacher, dataset, view family, seed or backend."""
 
@@ -175,16 +189,11 @@ class TeacherCache:
                 f"{path}: no teacher cache here; fill one: python tools/cache_teacher.py fill --config ... "
                 f"--set cache.path={path}"
             )
-        try:
-            tree = json.loads(manifest_path.read_text(encoding="utf-8"))
-            known = tree.pop("format") == FORMAT and tree["dtype"] in CODECS
-            digest = tree.pop("classifier", "")
-            manifest = Manifest(**tree)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(f"{manifest_path}: damaged; fill the cache again in a new folder") from None
-        if not known:
-            raise ValueError(f"{manifest_path}: not of format {FORMAT}; fill the cache again in a new folder")
-        return cls(path, manifest, digest)
+        fix = "fill the cache again in a new folder"
+        found = read_record(manifest_path, _StoredManifest, fix)
+        if found.format != FORMAT or found.dtype not in CODECS:
+            raise ValueError(f"{manifest_path}: {found.dtype} of format {found.format}, expected {FORMAT}; {fix}")
+        return cls(path, Manifest(**found.model_dump(exclude={"format", "classifier"})), found.classifier)
 
     @classmethod
     def create(cls, path: Path, manifest: Manifest, classifier: nn.Linear) -> TeacherCache:
@@ -234,6 +243,8 @@ class TeacherCache:
         for name in dict.fromkeys([*theirs.fingerprint, *mine.fingerprint]):
             if name.startswith(ENVIRONMENT) or (name.startswith("loader.") and pair in allow):
                 continue
+            if name == PIXELS and not (mine.fingerprint.get(name) and theirs.fingerprint.get(name)):
+                continue  # filled, or converted, before stored pixels were summed
             self._compare(name, mine.fingerprint.get(name), theirs.fingerprint.get(name))
 
     def _compare(self, name: str, stored: object, wanted: object) -> None:
@@ -251,7 +262,7 @@ class TeacherCache:
             tensors = load_file(path)
         except (OSError, SafetensorError):
             tensors = {}
-        if not tensors or self._classifier_digest not in ("", weights.digest(tensors)):
+        if not tensors or self._classifier_digest != weights.digest(tensors):
             raise ValueError(f"{path}: missing or damaged; write it again: tools/cache_teacher.py fill --repair")
         classes, dim = tensors["weight"].shape
         layer = nn.Linear(dim, classes) if classes else models.no_outputs(dim)  # features alone
@@ -306,10 +317,9 @@ class TeacherCache:
         """Ranges of rows, a block each, that are not as they were written: empty if all of a complete view is."""
         actual = self._sums(view)
         try:
-            stored = np.load(self._path(view, "crc32"), allow_pickle=False)
-        except (ValueError, EOFError):
-            stored = np.empty(0, np.uint32)
-        wrong = stored != actual if stored.shape == actual.shape else np.ones(len(actual), np.bool_)
+            wrong = read_array(self._path(view, "crc32"), np.uint32, actual.shape, "") != actual
+        except ValueError:
+            wrong = np.ones(len(actual), np.bool_)
         return [
             range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.manifest.rows))
             for block in np.flatnonzero(wrong).tolist()
@@ -367,6 +377,16 @@ class TeacherCache:
             _lay_out(rows, shape)
         if not _is_laid_out(done, shape[:1]):
             _lay_out(done, shape[:1])
+        self._unmark_unwritten(view)
+
+    def _unmark_unwritten(self, view: int) -> None:
+        """Take back marks of rows that nobody wrote: a damaged mark would pass off zeros as features."""
+        rows, done = self._map(view, "r"), np.load(self._path(view, "done"), mmap_mode="r+", allow_pickle=False)
+        marked = np.flatnonzero(done)
+        for start in range(0, len(marked), _LOAD_ROWS):
+            part = marked[start : start + _LOAD_ROWS]
+            done[part[~rows[part].any(1)]] = 0
+        done.flush()
 
     def done(self, view: int) -> NDArray[np.bool_]:
         """Which rows [rows] of a view are written."""
@@ -375,7 +395,8 @@ class TeacherCache:
         path, shape = self._path(view, "done"), (self.manifest.rows,)
         if not _is_laid_out(path, shape):
             return np.zeros(shape, np.bool_)
-        return np.load(path, allow_pickle=False).astype(np.bool_)
+        marks: NDArray[np.bool_] = np.load(path, allow_pickle=False) == 1
+        return marks
 
     def write(self, view: int, ids: Tensor, features: Tensor) -> None:
         """Store features float32 [n, d] of samples `ids` int64 [n] of a started view; see `flush`.
@@ -467,15 +488,9 @@ class TeacherCache:
 
     def _map(self, view: int, mode: Literal["r", "r+"]) -> NDArray[np.uint8]:
         path = self._path(view, "")
-        try:
-            array = np.load(path, mmap_mode=mode, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(
-                f"{path}: damaged or cut short ({error}); run tools/cache_teacher.py fill --repair"
-            ) from None
-        expected = (self.manifest.rows, self.manifest.row_bytes)
-        if array.shape != expected or array.dtype != np.uint8:
-            raise ValueError(f"{path}: got {array.dtype} {array.shape}, expected uint8 {expected}")
+        if not _is_laid_out(path, (self.manifest.rows, self.manifest.row_bytes)):
+            raise ValueError(f"{path}: missing, damaged or cut short; run tools/cache_teacher.py fill --repair")
+        array: NDArray[np.uint8] = np.load(path, mmap_mode=mode, allow_pickle=False)
         return array
 
 

@@ -85,15 +85,6 @@ def read_array(
             if mode == "r" and count:
                 return np.memmap(path, wanted, "r", start, found)
             return np.frombuffer(file.read(), wanted).reshape(found).astype(dtype)  # writable, of this machine
-    except (
-        ValueError,
-        EOFError,
-        KeyError,
-        SyntaxError,
-        TypeError,
-        OverflowError,
-        MemoryError,
-        RecursionError,
-    ) as error:
+    except Exception as error:  # NumPy reads a header as Python source, and fails in as many ways
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path}: damaged or cut off ({reason}); {fix}") from None
