@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from fastdcd import shipped
 from fastdcd.config import Config, Data
 from fastdcd.losses.terms import loss_section
 from pipelines.base import BACKENDS, loader_class
@@ -53,6 +54,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ValueError, one line a mistake: the key's path, what was got, what was expected, the nearest key.
     """
+    path = shipped.find(path)
     tree = _read(path, (), [])
     override_tree(tree, overrides)
     config = parse(tree, str(path))
@@ -222,7 +224,10 @@ def _read(path: Path, above: tuple[Path, ...], read: list[Path]) -> dict[str, An
     """A file with its bases; `above` are the files it is a base of, `read` collects all."""
     if not path.is_file():
         whose = f" (a base of {above[-1]})" if above else ""
-        raise ValueError(f"{path}: {'not a file' if path.exists() else 'no such config file'}{whose}")
+        if path.exists():
+            raise ValueError(f"{path}: not a file{whose}")
+        near = difflib.get_close_matches(str(path.with_suffix("")), shipped.names(), n=1)
+        raise ValueError(f"{path}: no such config file{whose}" + (f"; did you mean {near[0]}?" if near else ""))
     if path.resolve() in above:
         raise ValueError(f"{path}: is its own base")
     read.append(path)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdcd import model_file, weights
+from fastdcd import model_file, shipped, weights
 from fastdcd.model_file import near
 from pipelines.files import user_path
 
@@ -237,7 +237,7 @@ def build(name: str, *, classes: int, sizes: Sequence[int] = ()) -> FeatureModel
             return FeatureModel(LIBRARIES[library].classifier(inner, classes, sizes), classes)
         network, built_with, left_out = LIBRARIES[library].features(inner, sizes)
     elif last_colon and path.endswith(".py"):
-        network, built_with = model_file.build(user_path(path), function, classes), classes
+        network, built_with = model_file.build(shipped.find(user_path(path)), function, classes), classes
     else:
         raise ValueError(
             f"model: got {name!r}, expected {', '.join(f'{each}:NAME' for each in LIBRARIES)} or "

@@ -190,7 +190,6 @@ def _in_short(rates: dict[str, Any], accuracy: Accuracy | None) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="train.py",
         description="Train a student as a config says, with or without a teacher.",
         epilog="example: accelerate launch fastdcd/train.py --config configs/cifar100/resnet8x4.yaml --set run.seed=1",
     )

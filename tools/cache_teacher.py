@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
+if __name__ == "__main__":  # run by path: import from the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from fastdcd import cli, config, config_file
 from fastdcd.cache import fill as filling
@@ -16,7 +17,6 @@ from pipelines.files import human_bytes
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="cache_teacher.py",
         description="Estimate what a teacher cache costs and saves, fill it, or verify it.",
         epilog="example: accelerate launch tools/cache_teacher.py fill --config configs/digits/dcd_kd.yaml",
     )

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
+if __name__ == "__main__":  # run by path: import from the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from fastdcd import cli
 from pipelines.conversion.encode import Storage
@@ -139,7 +140,6 @@ _positive.__name__, _count.__name__, _part.__name__ = "number above 0", "number"
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="convert.py",
         description="Convert a dataset once into a format that a loader backend reads fast.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -7,19 +7,21 @@ what you would do with a folder of your own.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # run by path: import from the checkout
+if __name__ == "__main__":  # run by path: import from the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import fastdcd
 from fastdcd import cli, config_file, train
 
 TRAIN_IMAGES = 1000
@@ -36,9 +38,9 @@ def main() -> int:
         shutil.rmtree(Path("data", folder), ignore_errors=True)
     write_digits(Path("data/digits"))
     for part in ("train", "val"):
-        shell("tools/convert.py", "resident", f"data/digits/{part}", f"data/digits-resident/{part}")
-    shell("fastdcd/train.py", "--config", "configs/digits/teacher.yaml")
-    shell("tools/cache_teacher.py", "fill", "--config", "configs/digits/dcd_kd.yaml")
+        shell("convert", "resident", f"data/digits/{part}", f"data/digits-resident/{part}")
+    shell("train", "--config", "digits/teacher")
+    shell("cache", "fill", "--config", "digits/dcd_kd")
     for student in STUDENTS:
         for seed in SEEDS:
             distil(student, seed)
@@ -64,9 +66,11 @@ def write_digits(folder: Path) -> None:
 
 
 def shell(*command: str) -> None:
-    """Run a program of this checkout as a user would."""
-    print(f"\n$ python {' '.join(command)}", flush=True)
-    done = subprocess.run([sys.executable, *command], cwd=ROOT)
+    """Run a program as a user would: fastdcd COMMAND ..."""
+    print(f"\n$ fastdcd {' '.join(command)}", flush=True)
+    here = Path(fastdcd.__file__).resolve().parents[1]  # the same fastdcd, wherever the demo is started
+    paths = os.pathsep.join([str(here), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run([sys.executable, "-m", "fastdcd", *command], env={**os.environ, "PYTHONPATH": paths})
     if done.returncode:
         sys.exit(done.returncode)
 
@@ -75,10 +79,10 @@ def distil(student: str, seed: int) -> None:
     """Train one student. In this process: importing torch nine times would take longer than training."""
     settings = [f"run.seed={seed}", f"run.dir={RUNS / student}-{seed}", "teacher.evaluate=false"]
     print(
-        f"\n$ python fastdcd/train.py --config configs/digits/{student}.yaml --set {' '.join(settings)}",
+        f"\n$ fastdcd train --config digits/{student} --set {' '.join(settings)}",
         flush=True,
     )
-    train.train(config_file.load(Path(f"configs/digits/{student}.yaml"), settings))
+    train.train(config_file.load(Path(f"digits/{student}"), settings))
 
 
 def summary(run: str) -> dict[str, float]:

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
+if __name__ == "__main__":  # run by path: import from the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
@@ -35,7 +36,6 @@ class Row(NamedTuple):
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="linear_probe.py",
         description="Train a linear classifier on a network's frozen features and print its accuracy. The settings "
         "are those of the DCD paper's transfer experiments: SGD, 120 epochs.",
         epilog="example: python tools/linear_probe.py --checkpoint runs/cifar100/resnet8x4/student.safetensors "

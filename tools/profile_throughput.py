@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
+if __name__ == "__main__":  # run by path: import from the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from accelerate import PartialState
 
@@ -30,7 +31,6 @@ Under `accelerate launch` it measures all processes. It trains a copy of the stu
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="profile_throughput.py",
         description=__doc__,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

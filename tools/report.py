@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: import from the checkout
+if __name__ == "__main__":  # run by path: import from the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from fastdcd import cli, html_report
 from fastdcd.cli import human_time
@@ -55,7 +56,6 @@ class Run:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="report.py",
         description=__doc__,
         epilog="example: python tools/report.py runs/digits/*-0 --html report.html",
     )
