@@ -1,23 +1,28 @@
 """What convert.py takes: the same photographs in every layout that people have give the same samples."""
 
+import contextlib
 import csv
+import importlib
 import io
 import json
 import os
 import pickle
+import random
 import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import run_program
+from conftest import absent, run_program
 from PIL import Image
 
 from pipelines.base import LoaderOptions, open_loader
 from pipelines.conversion.sources import Sources, find_sets, open_sources
+from pipelines.conversion.sources.files import list_archive
 from pipelines.image_folder import index_image_folder, read_classes
 from pipelines.index import DatasetIndex
 
@@ -57,6 +62,13 @@ def tar(path: Path, files: Iterable[tuple[str, bytes]], mode: str = "w") -> Path
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return path
+
+
+def needed(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        absent(f"{error}")
 
 
 def validation_names(images: Images) -> dict[str, tuple[str, bytes]]:
@@ -133,8 +145,7 @@ def kaggle_zip(root: Path, images: Images) -> Path:
 
 def devkit(root: Path, val: dict[str, tuple[str, bytes]]) -> None:
     """ILSVRC2012_devkit_t12.tar.gz with the fields of the real one: a synset with children is no class."""
-    from scipy.io import savemat
-
+    savemat = needed("scipy.io").savemat
     numbers = {wnid: 3 - at for at, wnid in enumerate(CLASSES)}  # not in the order of the names
     kind = [(name, object) for name in ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children")]
     rows = [(float(number), wnid, "words", "gloss", 0.0, np.zeros(0)) for wnid, number in numbers.items()]
@@ -192,8 +203,7 @@ def parquet_files(
     root: Path, images: Images, split: str = "train", *, names: bool = True, flat: bool = False
 ) -> Path:
     """As `datasets` writes them: a struct of bytes and path, ClassLabel in the schema's metadata, small row groups."""
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
+    pa, pq = needed("pyarrow"), needed("pyarrow.parquet")
 
     root.mkdir(parents=True, exist_ok=True)
     features = {"image": {"_type": "Image"}, "label": {"names": list(CLASSES), "_type": "ClassLabel"}}
@@ -541,7 +551,7 @@ def test_a_wrong_guess_says_what_was_looked_for(images: Images, tmp_path: Path) 
 
 
 def test_parquet_files_that_are_none(images: Images, tmp_path: Path) -> None:
-    pq = pytest.importorskip("pyarrow.parquet")
+    pq = needed("pyarrow.parquet")
     (tmp_path / "x.parquet").write_bytes(b"PAR1xxxxPAR1")
     write(tmp_path / "repository", {"README.md": b"x", "data/x.parquet": b"PAR1xxxxPAR1"})
     for source in (tmp_path / "repository", tmp_path / "x.parquet"):
@@ -574,3 +584,37 @@ def test_fifos_and_devices_are_no_sources(tmp_path: Path) -> None:
         assert ran.code == 2 and "expected a file" in ran.err and "Traceback" not in ran.err, ran
     ran = run_program(CONVERT, "resident", tmp_path, tmp_path / "out", "--classes", "/dev/zero")
     assert ran.code == 2 and "/dev/zero: a device" in ran.err, ran
+
+
+def test_damaged_sources_are_named_in_one_line(images: Images, tmp_path: Path) -> None:
+    """Bytes changed and cut off in archives and tables: read, rejected or refused, and nothing else is raised."""
+    rng, refused = random.Random(0), 0
+    for layout in (
+        "a Mac's zip",
+        "WebDataset, names in .json",
+        "parquet",
+        "Kaggle's val",
+        "a folder of one tar a class",
+    ):
+        source = LAYOUTS[layout](tmp_path / layout, images)
+        files = sorted(
+            path for path in (tmp_path / layout).rglob("*") if path.is_file() and path.suffix != ".JPEG"
+        )
+        for number in range(20):
+            file = files[number % len(files)]
+            whole = file.read_bytes()
+            data = bytearray(whole)
+            for _ in range(rng.choice((1, 4))):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            file.write_bytes(data[: rng.randrange(len(data)) if number % 10 == 9 else None])
+            list_archive.cache_clear()
+            try:
+                sources = open_sources(source)
+                for position in range(len(sources)):
+                    with contextlib.suppress(ValueError):
+                        sources[position]
+            except ValueError as error:
+                assert "\n" not in str(error), error
+                refused += 1
+            file.write_bytes(whole)
+    assert 10 < refused < 90

@@ -80,7 +80,10 @@ def _solution(files: Files) -> Mapping[str, str] | None:
     """Kaggle's table: ImageId,PredictionString with the class first, then boxes."""
     for place, name in files.above(_SOLUTION):
         rows = csv.reader(io.StringIO(place.text(name)))
-        return {row[0]: row[1].split()[0] for row in rows if len(row) > 1 and row[1].strip()}
+        try:
+            return {row[0]: row[1].split()[0] for row in rows if len(row) > 1 and row[1].strip()}
+        except csv.Error as error:
+            raise ValueError(f"{place.path}/{name}: not a table ({error}); get it anew") from None
     return None
 
 

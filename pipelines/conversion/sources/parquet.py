@@ -9,7 +9,8 @@ from __future__ import annotations
 import bisect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -66,13 +67,11 @@ def open_parquet(path: Path, files: Sequence[Path], classes: Sequence[str] | Non
                 )
             first = columns
             wanted = [columns.label] + ([columns.path] if columns.path else [])
-            try:
+            with _named(f"{file}: damaged or cut off", "; get it anew"):
                 table = reader.read(columns=wanted, use_threads=False)
-            except (OSError, ValueError) as error:  # pyarrow's errors are these
-                raise ValueError(f"{file}: damaged or cut off ({_first_line(error)}); get it anew") from None
-            found = table.column(columns.label).to_pylist()
-            paths = table.column(columns.image).combine_chunks() if columns.path else None
-            given = paths.field("path").to_pylist() if paths is not None else [None] * len(found)
+                found = table.column(columns.label).to_pylist()
+                paths = table.column(columns.image).combine_chunks() if columns.path else None
+                given = paths.field("path").to_pylist() if paths is not None else [None] * len(found)
         labels += found
         names += [text or f"{file.stem}/{row:07d}" for row, text in enumerate(given)]
     if first is None or not labels:
@@ -93,10 +92,21 @@ def open_parquet(path: Path, files: Sequence[Path], classes: Sequence[str] | Non
 
 
 def _open(parquet: ModuleType, file: Path) -> Any:
-    try:
+    with _named(f"{file}: not a whole parquet file", "; get it anew"):
         return parquet.ParquetFile(file, memory_map=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not a whole parquet file ({_first_line(error)}); get it anew") from None
+
+
+@contextmanager
+def _named(what: str, advice: str) -> Iterator[None]:
+    """pyarrow raises almost anything for a damaged file: ValueError with a line that names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise  # the storage
+        raise ValueError(f"{what} ({_first_line(error)}){advice}") from None
+    except Exception as error:
+        raise ValueError(f"{what} ({_first_line(error)}){advice}") from None
 
 
 def _first_line(error: BaseException) -> str:
@@ -166,6 +176,9 @@ def _classes(
     return names, numbers
 
 
+_LARGEST = 1 << 31  # bytes of a row group, which is in memory while its images are read
+
+
 class _RowReader:
     """The encoded image of a row. Keeps the images of one row group: rows are asked for mostly in order."""
 
@@ -176,8 +189,14 @@ class _RowReader:
         for number, file in enumerate(files):
             with _open(parquet, file) as reader:
                 for group in range(reader.metadata.num_row_groups):
+                    about = reader.metadata.row_group(group)
+                    if about.total_byte_size > _LARGEST:
+                        raise ValueError(
+                            f"{file}: a row group of {about.total_byte_size:,} bytes, expected at most {_LARGEST:,}; "
+                            "write it with a smaller row_group_size"
+                        )
                     self._starts.append((total, number, group))
-                    total += reader.metadata.row_group(group).num_rows
+                    total += about.num_rows
         self._kept: tuple[int, int, Any] | None = None  # process, row group, its images
 
     def __getstate__(self) -> dict[str, Any]:
@@ -196,13 +215,7 @@ class _RowReader:
         return bytes(data)
 
     def _read(self, number: int, group: int) -> Any:
-        parquet = import_parquet()
-        try:
-            with _open(parquet, self._files[number]) as reader:
-                column = reader.read_row_group(group, columns=[self._columns.bytes], use_threads=False).column(0)
-        except OSError as error:  # pyarrow raises it for damage too
-            if error.errno is not None:
-                raise
-            raise ValueError(f"its row group is damaged ({_first_line(error)})") from None
-        rows = column.combine_chunks()
-        return rows.field("bytes") if self._columns.bytes != self._columns.image else rows
+        with _named("its row group is damaged", ""), _open(import_parquet(), self._files[number]) as reader:
+            column = reader.read_row_group(group, columns=[self._columns.bytes], use_threads=False).column(0)
+            rows = column.combine_chunks()
+            return rows.field("bytes") if self._columns.bytes != self._columns.image else rows
