@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import tempfile
@@ -244,7 +245,12 @@ def write_results(
 ) -> None:
     """The table in Markdown, and all rates in JSON with what they were measured on."""
     about = {
-        "command": f"python benchmarks/loaders.py --source DIR --images {arguments.images} --rounds {arguments.rounds}",
+        "command": f"python benchmarks/loaders.py --source DIR --images {arguments.images} --rounds {arguments.rounds}"
+        + (
+            ""
+            if len(arguments.only) == len(DATASETS)
+            else f" --only {shlex.join(arguments.only)} --out {arguments.out}"
+        ),
         "images": f"{arguments.images} crops an epoch, of the distinct photographs in DIR, linked under other names",
         "cores": len(os.sched_getaffinity(0)),
         "processor": platform.machine(),

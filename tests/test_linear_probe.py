@@ -97,17 +97,19 @@ def test_the_protocol_is_the_papers(cfg: Probe, tmp_path: Path) -> None:
     assert (cfg.train.epochs, cfg.data.batch_size, cfg.optim.lr) == (120, 64, 0.05)
     assert (cfg.optim.weight_decay, cfg.schedule.milestones, cfg.schedule.gamma) == (5e-4, (30, 60, 90), 0.1)
     assert cfg.student.image_size == 8, "its run's own"
+    (tmp_path / "x.pth").touch()
     elsewhere = linear_probe.settings(tmp_path / "x.pth", ["student.model=cifar:vgg8"])
     assert elsewhere.student.image_size == 32, "the paper's"
 
 
-def test_the_classifier_solves_its_problem() -> None:
+def test_the_classifier_solves_its_problem(tmp_path: Path) -> None:
     """The gradient of its regularised loss at the end is small: the optimum of a convex problem."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(300) % 3
     features = torch.randn(300, 5, generator=generator) + 1.5 * torch.eye(3, 5)[labels]
     wanted = ["student.model=none", "train.epochs=300", "schedule.milestones=[100,200]"]
-    cfg = linear_probe.settings(Path("none"), wanted)
+    (tmp_path / "x.pth").touch()
+    cfg = linear_probe.settings(tmp_path / "x.pth", wanted)
     classifier = linear_probe.fit(linear_probe.Features(features, labels), classes=3, cfg=cfg)
     classifier.zero_grad()
     loss = torch.nn.functional.cross_entropy(classifier(features), labels)
