@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from fastdcd import config_file
 from fastdcd.config import STRICT, Config, Count
-from pipelines.files import replace_file, user_path
+from pipelines.files import explain_full_disk, replace_file, user_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +91,11 @@ def save(
     }
     for unfinished in folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
         unfinished.unlink(missing_ok=True)
-    with replace_file(path) as file:
-        torch.save(state, file)
+    with explain_full_disk(path), replace_file(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what it makes of a write that failed
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     for old in _checkpoints(folder)[: -config.train.keep_checkpoints]:
         old.unlink()
 

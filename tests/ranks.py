@@ -1,6 +1,7 @@
 """What test_processes.py runs on several processes. Apart from it, so that they import no more than a run does."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdcd import config_file, experiment
+from fastdcd import checkpoint, config_file, experiment
 from fastdcd.cache import fill as filling
+from fastdcd.cache.store import TeacherCache
 from fastdcd.config import Loss
 from fastdcd.losses import dcd, tiled
 from fastdcd.losses.terms import LossInputs, loss_section
@@ -147,3 +149,21 @@ def run_fill(file: Path) -> None:
     filling.FLUSH_SECONDS = 0.0
     with (parts := filling.open_parts(config_file.load(file))).loader:
         filling.fill(parts)
+
+
+def fill_with_a_slow_rank(file: Path) -> None:
+    """Fill while training; the second process brings its rows to disk late. Note how many are there at a checkpoint."""
+    flush, save = TeacherCache.flush, checkpoint.save
+
+    def slow(cache: TeacherCache) -> None:
+        time.sleep(2.0 if os.environ["RANK"] == "1" else 0.0)
+        flush(cache)
+
+    def note(cfg: Any, *rest: Any) -> None:
+        done = int(TeacherCache.open(cfg.cache.path).done(0).sum())
+        if os.environ["RANK"] == "0":
+            (file.parent / "done").write_text(str(done))
+        save(cfg, *rest)
+
+    TeacherCache.flush, checkpoint.save = slow, note  # type: ignore[method-assign]
+    train(config_file.load(file))

@@ -31,6 +31,7 @@ from pipelines.base import LoaderOptions, open_loader
 from pipelines.conversion.encode import Storage
 from pipelines.conversion.job import Job, to_beton, to_resident, to_shards
 from pipelines.conversion.sources import Sources
+from pipelines.files import Lock
 from pipelines.formats.stored import open_stored
 from pipelines.index import DatasetIndex
 
@@ -618,3 +619,15 @@ def test_every_backend_opens_what_was_converted(tree: Path, tmp_path: Path) -> N
         ok(convert(kind, tree, tmp_path / kind, *SMALL[kind]))
         with open_loader(backend, tmp_path / kind, LoaderOptions(workers=1)) as loader:
             assert len(loader.index) == 60 and loader.index.classes == ("class0", "class1", "class2", "class3")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_an_output_is_written_by_one_conversion(tree: Path, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / ("out.beton" if kind == "ffcv" else "out")
+    name = {"ffcv": ".out.beton.lock", "shards": "out/.convert-0-of-1.lock", "resident": "out/.convert.lock"}[kind]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    with Lock(tmp_path / name, ""):
+        ran = convert(kind, tree, out, *SMALL[kind])
+        assert ran.code == 2 and "another conversion is writing there" in ran.err, ran.err
+    ok(convert(kind, tree, out, *SMALL[kind]))
+    assert not list(tmp_path.rglob("*.lock"))

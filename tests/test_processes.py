@@ -278,6 +278,19 @@ def test_a_fill_on_2_processes_goes_on_on_3(digits: Digits, tmp_path: Path) -> N
         assert (cache / name).read_bytes() == (tmp_path / "whole" / "cache" / name).read_bytes(), name
 
 
+def test_a_checkpoint_waits_for_the_rows_of_all_processes(digits: Digits, tmp_path: Path) -> None:
+    """Else a crash after it would leave rows of its steps unmarked, and with a view an epoch nobody fills them again."""
+    file = digits.file(
+        tmp_path / "x.yaml",
+        loss=BOTH,
+        teacher={"mode": "fill"},
+        cache={"path": str(tmp_path / "cache")},
+        train={"max_steps": 3},
+    )
+    run(2, ranks.fill_with_a_slow_rank, file)
+    assert int((tmp_path / "done").read_text()) == 3 * 64
+
+
 # ---- launchers ----------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +381,57 @@ def test_a_signal_to_one_process_stops_all(digits: Digits, students: Path, tmp_p
     step = int(saved.stem.split("-")[1])
     assert step < 250, "an epoch"
     run(1, ranks.run_training, file, ["train.resume=auto", f"train.max_steps={step + 3}"])
+
+
+LAUNCHERS = {
+    "accelerate, one process": ["accelerate", "launch", "--cpu", "--num_processes", "1"],
+    "accelerate, two processes": [
+        "accelerate",
+        "launch",
+        "--config_file",
+        str(ROOT / "configs/accelerate/cpu_2.yaml"),
+    ],
+    "torchrun": ["torchrun", "--nproc_per_node=2"],
+}
+
+
+def launch(name: str, file: Path) -> "subprocess.Popen[str]":
+    port = {"torchrun": "--master_port"}.get(name, "--main_process_port")
+    command = [*LAUNCHERS[name], port, str(free_port()), str(ROOT / "fastdcd" / "train.py"), "--config", str(file)]
+    return subprocess.Popen(
+        command, env=environment(), cwd=file.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launchers_end_with_our_message(digits: Digits, tmp_path: Path, name: str) -> None:
+    file = digits.file(tmp_path / "x.yaml", data={"train": "/no/such"}, teacher={"mode": "none"})
+    process = launch(name, file)
+    out, _ = process.communicate(timeout=100)
+    said = "train.py: error: data.train: /no/such: no such file or folder"
+    assert process.returncode == 1 and out.count(said) == 1, out
+    words = [line for line in out.splitlines() if line.strip("= ")]
+    assert words[-1].endswith(said), out
+
+
+@pytest.mark.parametrize("name", ["accelerate, one process", "torchrun"])
+def test_a_signal_to_the_launcher_stops_and_saves(
+    digits: Digits, students: Path, tmp_path: Path, name: str
+) -> None:
+    file = digits.file(
+        tmp_path / "x.yaml",
+        student={"model": f"{students}:plain"},
+        teacher={"mode": "none"},
+        data={"batch_size": 2},
+        train={"epochs": 1000, "log_every": 100, "checkpoint_every": 5, "keep_checkpoints": 1},
+        eval={"every": 1000},
+    )
+    process = launch(name, file)
+    wait_for(lambda: any((tmp_path / "run" / "checkpoints").glob("step-*.pt")), process, 150)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)  # the pipe ends with the last process
+    assert "everything is saved" in out, out
+    assert not (tmp_path / "run" / "run.lock").exists()
 
 
 def test_every_accelerate_config_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

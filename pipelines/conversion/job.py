@@ -13,7 +13,7 @@ import functools
 import os
 import shutil
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -28,13 +28,14 @@ from pipelines.conversion import beton_writer, resident_writer, shard_writer
 from pipelines.conversion.encode import Source, Storage
 from pipelines.conversion.journal import MANIFEST, Reject, finished, other_settings, write_manifest, write_rejects
 from pipelines.conversion.sources import Sources, open_sources
-from pipelines.files import explain_full_disk, human_bytes, write_json
+from pipelines.files import Lock, explain_full_disk, human_bytes, write_json
 from pipelines.formats import beton, shards
 from pipelines.formats.checked import read_object
 from pipelines.index import DatasetIndex
 
 PART = 64  # sources between two marks in a journal: what a kill can cost
 SHARD = 1000  # sources a tar
+_LOCK = ".convert"  # a file of this name, and of each part's number, while an output is written
 _CHUNK = 8  # sources a worker takes at a time
 _SAMPLE = 32  # sources that an estimate encodes
 
@@ -214,8 +215,8 @@ def to_beton(job: Job, storage: Storage) -> DatasetIndex:
         return DatasetIndex.load(folder)
     _make_folder(job.out.parent)
     encode = functools.partial(beton_writer.encode_record, storage=storage)
-    job.announce(estimate(job.sources, encode, lambda record: len(record.payload)))
-    with explain_full_disk(job.out):
+    with _alone(job.out, job.out.with_name(f".{job.out.name}.lock")), explain_full_disk(job.out):
+        job.announce(estimate(job.sources, encode, lambda record: len(record.payload)))
         writer = beton_writer.BetonWriter(
             job.out, capacity=len(job.sources), storage=storage, source=job.sources.digest
         )
@@ -242,8 +243,8 @@ def to_resident(job: Job, size: int | None) -> DatasetIndex:
         raise ValueError(f"{job.out}: another dataset is there; remove it or choose another folder")
     _make_folder(job.out)
     encode = functools.partial(resident_writer.encode_record, size=size)
-    job.announce(estimate(job.sources, encode, lambda record: record.pixels.nbytes))
-    with explain_full_disk(job.out):
+    with _alone(job.out, job.out / f"{_LOCK}.lock"), explain_full_disk(job.out):
+        job.announce(estimate(job.sources, encode, lambda record: record.pixels.nbytes))
         return _run(job, resident_writer.ResidentWriter(job.out, settings), encode)
 
 
@@ -277,19 +278,27 @@ def to_shards(job: Job, storage: Storage, shard_size: int = SHARD) -> DatasetInd
 
     Returns None while other parts' shards are missing. Raises: see to_beton.
     """
-    count, out = len(job.sources), job.out
+    out = job.out
     settings = {"source": job.sources.digest, "shard_size": shard_size, **asdict(storage)}
     if finished(out, settings):
         return DatasetIndex.load(out / shards.INDEX)
     with explain_full_disk(out):
-        _claim(out, settings)
+        _make_folder(out)
+        with _alone(out, out / f"{_LOCK}-{job.part.number}-of-{job.part.of}.lock"):
+            _claim(out, settings)
+            return _write_shards(job, storage, shard_size, settings)
+
+
+def _write_shards(job: Job, storage: Storage, shard_size: int, settings: Mapping[str, Any]) -> DatasetIndex | None:
+    """Write the part's shards that are missing, and the index if all are there then."""
+    count, out = len(job.sources), job.out
     spans = [range(start, min(start + shard_size, count)) for start in range(0, count, shard_size)]
     todo = [number for number in job.part.range(len(spans)) if not shard_writer.shard_done(out, number)]
     encode = functools.partial(shard_writer.encode_record, storage=storage)
     job.announce(estimate(job.sources, encode, lambda record: len(record.data) + 3 * 1024))
     mine = sum(len(spans[number]) for number in job.part.range(len(spans)))
     left = sum(len(spans[number]) for number in todo)
-    with explain_full_disk(out), _bar(job, mine, mine - left) as bar:
+    with _bar(job, mine, mine - left) as bar:
         outcomes = encoded(job.sources, encode, [spans[number] for number in todo], job.workers)
         try:
             for number in todo:
@@ -310,6 +319,14 @@ def to_shards(job: Job, storage: Storage, shard_size: int = SHARD) -> DatasetInd
     return index
 
 
+def _alone(out: Path, lock: Path) -> Lock:
+    """The right to write an output. Raises ValueError if another conversion has it."""
+    return Lock(
+        lock,
+        f"{out}: another conversion is writing there (it holds {lock.name}); wait for it, or choose another place",
+    )
+
+
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Note the settings in the folder before the first shard is in it."""
     note = out / ".settings.json"
@@ -317,9 +334,8 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         there = read_object(note, f"remove {out} and convert again")
         if there != settings:
             raise ValueError(other_settings(out, there, settings))
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and not all(each.name.startswith(_LOCK) for each in out.iterdir()):
         raise ValueError(f"{out}: other files are there and no {MANIFEST}; remove them or choose another folder")
-    _make_folder(out)
     write_json(note, settings)
 
 
