@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from benchmarks import record
 from fastdcd import cli
-from fastdcd.cache.store import Manifest, TeacherCache
+from fastdcd.cache.manifest import Manifest
+from fastdcd.cache.store import TeacherCache
 from pipelines.plan import order
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks import record
 from fastdcd import cli, config_file, experiment
 from fastdcd.cache import fill as filling
-from fastdcd.teacher_modes import expected_manifest
+from fastdcd.cache.match import expected_manifest
 from fastdcd.train import train
 from pipelines.files import write_json
 

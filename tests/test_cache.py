@@ -13,7 +13,8 @@ from conftest import BOTH, ROOT, Digits, metric_lines, run_program
 from torch import nn
 
 from fastdcd import models, weights
-from fastdcd.cache.store import BLOCK_ROWS, CODECS, CacheMismatch, Manifest, TeacherCache
+from fastdcd.cache.manifest import BLOCK_ROWS, CODECS, CacheMismatch, Manifest
+from fastdcd.cache.store import TeacherCache
 
 CACHE = "tools/cache_teacher.py"
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, metric_lines, run_program
 
-from fastdcd.cache.store import CODECS, TeacherCache
+from fastdcd.cache.manifest import CODECS
+from fastdcd.cache.store import TeacherCache
 from pipelines.base import LoaderOptions, open_loader
 from pipelines.image_folder import index_image_folder
 from pipelines.index import DatasetIndex

@@ -14,7 +14,8 @@ from conftest import ROOT, run_program
 from numpy.typing import NDArray
 from torch import nn
 
-from fastdcd.cache.store import CacheMismatch, Manifest, TeacherCache
+from fastdcd.cache.manifest import CacheMismatch, Manifest
+from fastdcd.cache.store import TeacherCache
 from pipelines.base import LoaderOptions, open_loader
 from pipelines.conversion.encode import Storage
 from pipelines.conversion.job import Job, to_resident, to_shards

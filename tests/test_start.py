@@ -178,7 +178,8 @@ def test_features_beyond_a_caches_range_are_refused_before_anything_is_written(
 
 def test_a_row_that_is_not_finite_ends_a_fill_and_is_not_stored(tmp_path: Path) -> None:
     from fastdcd import models
-    from fastdcd.cache.store import CODECS, Manifest, TeacherCache
+    from fastdcd.cache.manifest import CODECS, Manifest
+    from fastdcd.cache.store import TeacherCache
 
     for dtype in CODECS:
         manifest = Manifest(rows=4, dim=3, views=1, dtype=dtype, fingerprint={})

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # run by path: import from the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from fastdcd import cli, config, config_file
+from fastdcd.cache import estimate as estimating
 from fastdcd.cache import fill as filling
 from pipelines.files import human_bytes
 
@@ -47,7 +48,7 @@ def main() -> int:
 
 def estimate(cfg: config.Config, arguments: argparse.Namespace) -> int:
     with (parts := filling.open_parts(cfg)).loader:
-        print(_table(filling.estimate(parts, seconds=arguments.seconds)))
+        print(_table(estimating.estimate(parts, seconds=arguments.seconds)))
     return 0
 
 

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastdcd import experiment
-from fastdcd.cache.store import Manifest, TeacherCache, free_bytes
+from fastdcd.cache.match import check_range, expected_manifest
+from fastdcd.cache.store import Manifest, TeacherCache
 from fastdcd.config import Config
-from fastdcd.models import ModelOutput
 from fastdcd.progress import ProgressBar
-from fastdcd.step import TrainStep
 from fastdcd.teacher import Teacher
-from fastdcd.teacher_modes import check_range, expected_manifest
 from pipelines.augment import ViewAugment, aligned, partners
 from pipelines.base import Loader
 from pipelines.plan import Crops, RankPlan
@@ -192,72 +189,3 @@ def verify(config: Config) -> Verified:
     except ValueError as error:
         classifier = str(error)
     return Verified(cache.manifest.views, len(views), damaged, classifier)
-
-
-def estimate(parts: Parts, *, seconds: float = 5.0) -> dict[str, Any]:
-    """What a cache would cost and save, measured here: nothing is written.
-
-    Returns bytes, rates (images/s) and seconds; see `tools/cache_teacher.py estimate`.
-    """
-    config, manifest = parts.config, parts.manifest
-    accelerator = parts.accelerator
-    rows, epochs, views = manifest.rows, config.train.epochs, manifest.views
-    size = config.student_size(0)
-    batch = config.data.batch_size
-    images = torch.randint(0, 256, (batch, 3, parts.teacher.size, parts.teacher.size), dtype=torch.uint8)
-    images = images.to(accelerator.device)
-    teacher_step = _median_seconds(lambda: parts.teacher.features(images), seconds, accelerator)
-
-    module = experiment.build_student(config, len(parts.loader.index.classes), parts.teacher, accelerator)
-    train_step = TrainStep(config, module, accelerator, steps_per_epoch=-(-rows // batch))
-    train_step.wrapped.train()
-    student_images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=accelerator.device)
-    labels = torch.randint(0, len(parts.loader.index.classes), (batch,), device=accelerator.device)
-    features = torch.rand(batch, manifest.dim, device=accelerator.device)
-
-    def step() -> None:
-        teacher_outputs = ModelOutput(features, parts.teacher.logits(features))
-        train_step(student_images, labels, teacher_outputs, rows=batch * accelerator.num_processes, number=0)
-
-    cached_step = _median_seconds(step, seconds, accelerator)
-    fill_seconds = views * rows / batch * teacher_step
-    saved = epochs * rows / batch * teacher_step  # of one run
-    path = config.cache.path
-    assert path is not None
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    return {
-        "rows": rows,
-        "views": views,
-        "bytes_a_view": manifest.view_bytes,
-        "bytes": views * manifest.view_bytes,
-        "free_bytes": free_bytes(existing),
-        "teacher_images_per_second": batch / teacher_step,
-        "fill_seconds": fill_seconds,
-        "cached_step_seconds": cached_step,
-        "online_step_seconds": cached_step + teacher_step,
-        "teacher_share_of_online_step": teacher_step / (cached_step + teacher_step),
-        "saved_seconds_a_run": saved,
-        "runs_to_break_even": fill_seconds / saved,
-        "epochs_to_break_even": views,
-    }
-
-
-def _median_seconds(call: Any, seconds: float, accelerator: Accelerator) -> float:
-    """Median time of a call, after two to warm up, over about `seconds` or at least three calls."""
-    times: list[float] = []
-    begin = time.perf_counter()
-    for number in _until(begin, seconds):
-        start = time.perf_counter()
-        call()
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        if number >= 2:
-            times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
-def _until(begin: float, seconds: float) -> Iterator[int]:
-    number = 0
-    while number < 5 or time.perf_counter() - begin < seconds:
-        yield number
-        number += 1
