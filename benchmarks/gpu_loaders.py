@@ -93,7 +93,7 @@ def variants(
 
     def ours(backend: str, path: Path, size: int, share: float = 0.0) -> Callable[[], Epoch]:
         options = LoaderOptions(workers=arguments.workers, device=device, own={"hw_decoder_load": share})
-        return lambda: executor(backend, path, options, size, arguments.batch_size, exits)
+        return lambda: our_epoch(backend, path, options, size, arguments.batch_size, exits)
 
     for size in arguments.sizes:
         for share in arguments.shares:
@@ -111,7 +111,7 @@ def variants(
     yield "torchvision, batched decode only", lambda: decoder(root, arguments, device, None)
 
 
-def executor(
+def our_epoch(
     backend: str, path: Path, options: LoaderOptions, size: int, batch_size: int, exits: ExitStack
 ) -> Epoch:
     """One of our loaders with the plan of ImageNet training, through the prefetching of the train loop."""

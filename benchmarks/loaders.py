@@ -43,7 +43,7 @@ Epoch = Callable[[], int]  # runs one epoch and returns the number of images see
 
 
 def ours(backend: str, path: Path, exits: ExitStack) -> Epoch:
-    """One of our executors with the plan of ImageNet training."""
+    """One of our loaders with the plan of ImageNet training."""
     loader = exits.enter_context(open_loader(backend, path, LoaderOptions(workers=WORKERS)))
     numbers = iter(range(1 << 30))
 

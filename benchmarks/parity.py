@@ -1,4 +1,4 @@
-"""Pixels of every backend beside the torch executor's, and what a real teacher makes of them: tools/check_parity.py.
+"""Pixels of every backend beside the torch loader's, and what a real teacher makes of them: tools/check_parity.py.
 
 Converts photographs into what each backend reads and compares the same boxes at the teacher's resolution: on the
 same stored pixels, and with the originals.

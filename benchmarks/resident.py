@@ -1,4 +1,4 @@
-"""The resident executor beside a torch DataLoader with the same augmentation, on the same images.
+"""The resident loader beside a torch DataLoader with the same augmentation, on the same images.
 
 The DataLoader is what CIFAR training code uses: torchvision's dataset of PIL images, RandomCrop(32, padding=4),
 RandomHorizontalFlip, and a uint8 tensor out (ours leaves normalisation to the model too). Epochs alternate.
@@ -86,7 +86,7 @@ def main() -> int:
     ratios = [a / b for a, b in zip(rates["resident"], rates["torch DataLoader"], strict=True)]
     table = "\n".join(
         [
-            "| executor | images a second, as a ratio |",
+            "| loader | images a second, as a ratio |",
             "|---|---|",
             f"| torch DataLoader, PIL, {arguments.workers} workers | 1 |",
             f"| resident | {record.text(record.spread(ratios), 1)} |",

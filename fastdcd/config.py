@@ -40,7 +40,7 @@ class Data:
     val: UserPath
     """Validation set, in the same format."""
     backend: str = "torch"
-    """Executor of the plan: torch | resident | ffcv | dali."""
+    """The loader: torch | resident | ffcv | dali, or one that a plugin registered."""
     order: Literal["random", "paged", "sequential"] = "random"
     """random: a full shuffle an epoch. paged: neighbours on disk stay close, for sets larger than memory."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 2

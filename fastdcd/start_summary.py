@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from fastdcd import experiment
 from fastdcd.config import Config
 from fastdcd.distill import DistillModule
 from fastdcd.evaluate import Accuracy
@@ -53,7 +54,6 @@ def facts(
     module: DistillModule,
     teacher: Teacher | None,
     accuracy: Accuracy | None,
-    steps_per_epoch: int,
 ) -> Facts:
     """What is known when all parts of a run are there."""
     return Facts(
@@ -61,13 +61,18 @@ def facts(
         val_images=len(val_set.index),
         classes=len(train_set.index.classes),
         shorter_side=int(np.median(train_set.index.sizes.min(1))),
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=experiment.steps_per_epoch(cfg, train_set.index),
         processes=accelerator.num_processes,
         device=str(accelerator.device),
         student_parameters=sum(parameter.numel() for parameter in module.student.parameters()),
         teacher=f"{teacher.name}, {cfg.teacher.mode}" if teacher else "",
         teacher_accuracy=accuracy,
     )
+
+
+def text(cfg: Config, run: Facts) -> str:
+    """All there is to say: lines, and warnings below them."""
+    return "\n".join([*lines(cfg, run), *(f"warning: {warning}" for warning in warnings(cfg, run))])
 
 
 def lines(cfg: Config, run: Facts) -> Iterator[str]:

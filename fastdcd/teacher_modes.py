@@ -145,6 +145,11 @@ class CachedTeacher(NoTeacher):
         features = self.decode(rows)
         return ModelOutput(features, self.classifier(features))
 
+    def close(self) -> None:
+        self._loads.shutdown(cancel_futures=True)
+        if self.checks:
+            self.checks.close()
+
 
 class _Checks:
     """Compares views with their checksums, each once, in a thread: all but the first while the epoch before trains.
@@ -170,6 +175,10 @@ class _Checks:
                 f"{self._cache.path}: view {view}: {len(damaged)} blocks are not as they were written, the first of "
                 f"rows {damaged[0].start}-{damaged[0].stop - 1}; mend them: tools/cache_teacher.py fill --repair"
             )
+
+    def close(self) -> None:
+        """End the thread; a check that runs is waited for."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 def _held_on_device(cache: TeacherCache, device: torch.device, where: str) -> bool:
@@ -242,6 +251,7 @@ class FillingTeacher(CachedTeacher):
 
     def close(self) -> None:
         self.flush()
+        super().close()
         if self._lock:
             self._lock.close()
 

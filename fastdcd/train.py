@@ -67,12 +67,8 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
             teacher_accuracy = evaluate(teacher, val_set, accelerator, cfg.eval, size=teacher.size, stop=stop.poll)
             if teacher_accuracy and not progress.step:
                 metrics.write("teacher", epoch=0, step=0, **teacher_accuracy._asdict())
-        facts = start_summary.facts(
-            cfg, accelerator, train_set, val_set, module, teacher, teacher_accuracy, steps_per_epoch
-        )
-        accelerator.print("\n".join(start_summary.lines(cfg, facts)))
-        for warning in start_summary.warnings(cfg, facts):
-            accelerator.print(f"warning: {warning}")
+        facts = start_summary.facts(cfg, accelerator, train_set, val_set, module, teacher, teacher_accuracy)
+        accelerator.print(start_summary.text(cfg, facts))
         watch = Stopwatch(progress.seconds)
         teacher_images = progress.teacher_images  # of the processes before this one
         accuracy: Accuracy | None = None
@@ -85,15 +81,12 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
             mode.flush()
             checkpoint.save(cfg, origin, now(), module, step.optimizer, accelerator)
 
-        def evaluate_student() -> Accuracy | None:
-            return measure(module.predict)
-
-        def evaluate_average() -> Accuracy | None:
-            return measure(module.predict_average) if module.average is not None else None
-
         def measure(predict: Callable[[Tensor], Tensor]) -> Accuracy | None:
             module.eval()
             return evaluate(predict, val_set, accelerator, cfg.eval, size=cfg.eval_size, stop=stop.poll)
+
+        def evaluate_student() -> tuple[Accuracy | None, Accuracy | None]:  # the second: of its moving average
+            return measure(module.predict), measure(module.predict_average) if module.average is not None else None
 
         def limit_reached() -> bool:
             return 0 < cfg.train.max_steps <= progress.step
@@ -148,10 +141,9 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
             if progress.step_in_epoch == plan.steps:
                 mode.end()
                 if (epoch + 1) % cfg.eval.every == 0 or epoch + 1 == cfg.train.epochs:
-                    accuracy, averaged = evaluate_student(), evaluate_average()
-                    if accuracy is None or (
-                        module.average is not None and averaged is None
-                    ):  # asked to stop: evaluated when the run goes on
+                    accuracy, averaged = evaluate_student()
+                    if accuracy is None or (module.average is not None and averaged is None):
+                        # asked to stop: evaluated when the run goes on
                         save()
                         break
                     progress = replace(progress, best_top1=max(progress.best_top1, accuracy.top1))
@@ -167,7 +159,7 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
         # ---- the results
         finished = progress.epoch == cfg.train.epochs
         if finished and accuracy is None:  # resumed when all was done
-            accuracy, averaged = evaluate_student(), evaluate_average()
+            accuracy, averaged = evaluate_student()
         metrics.close()
         accelerator.end_training()
         summary = experiment.write_results(

@@ -4,7 +4,7 @@ A view of sample i is a box (top, left, height, width) in the coordinates of the
 flip. Row i depends on (seed, sample id, view number, stored height and width) only: there is no
 generator state, so any subset in any order, on any rank, gives the same rows.
 
-A box may reach outside its image (pad-and-crop does); outside, every executor reads 0 (black), as
+A box may reach outside its image (pad-and-crop does); outside, every loader reads 0 (black), as
 torchvision's RandomCrop(padding=...) does.
 
 Changing a number that these functions return invalidates every teacher cache in the world: the golden

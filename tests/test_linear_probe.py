@@ -182,7 +182,7 @@ def test_layouts(
     published, folders = table("--checkpoint", student / "student.safetensors", "--data", *data)
     assert published[IMAGES:TOP1] == folders[IMAGES:TOP1] == ["500 / 200", "10", "128"]
     assert float(folders[TOP1]) > 70
-    # STL-10 is resized by the resident executor, which rounds a few pixels otherwise
+    # STL-10 is resized by the resident loader, which rounds a few pixels otherwise
     assert float(published[TOP1]) == pytest.approx(float(folders[TOP1]), abs=3 if make is stl10 else 0)
 
 

@@ -344,7 +344,7 @@ def test_another_size_each_epoch(case: Case, loader: Loader) -> None:
 
 
 @pytest.mark.parametrize("family", [RandomResizedCrop(), Center()], ids=["train", "centre"])
-def test_pixels_are_those_of_the_torch_executor(case: Case, loader: Loader, family: ViewFamily) -> None:
+def test_pixels_are_those_of_the_torch_loader(case: Case, loader: Loader, family: ViewFamily) -> None:
     """At 224 px, from the same stored pixels; tools/check_parity.py shows it for a user's own data and teacher."""
     plan = replace(plan_of(loader), family=family)
     rank_plan = plan.for_rank((224,))

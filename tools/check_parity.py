@@ -1,9 +1,9 @@
-"""How far a backend's pixels are from the torch executor's, on your data, and what your teacher makes of it.
+"""How far a backend's pixels are from the torch loader's, on your data, and what your teacher makes of it.
 
 Every dataset renders the same boxes: random training crops and centre crops. Two comparisons:
 
-    stored    the same stored pixels, decoded by torchvision and rendered by the torch executor
-    source    the torch executor on the original images (--source), the boxes scaled to their size: what
+    stored    the same stored pixels, decoded by torchvision and rendered by the torch loader
+    source    the torch loader on the original images (--source), the boxes scaled to their size: what
               shrinking and encoding again did is part of it
 """
 

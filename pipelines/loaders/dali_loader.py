@@ -1,4 +1,4 @@
-"""The DALI executor: one pipeline for CPU and GPU, driven by the plan.
+"""The DALI loader: one pipeline for CPU and GPU, driven by the plan.
 
 Reads the shards of `tools/convert.py shards`, or an ImageFolder as it is. DALI decodes the part of an image that
 its boxes need, crops, and resizes; a mirrored image is resized from right to left, which costs nothing.
@@ -10,7 +10,7 @@ rest to CUDA kernels; the two differ in some pixels. So a loader that must be re
 costs CPU cores: kernels leave Huffman decoding to the CPU.
 
 What the JPEG decoders of CPU and GPU could see differently (CMYK, grayscale, PNG named .JPEG ...) is
-decoded here the way the torch executor does it and handed to DALI as plain pixels: all backends agree on
+decoded here the way the torch loader does it and handed to DALI as plain pixels: all backends agree on
 odd files. DALI's fused random-crop decoder is not used: the plan says where the box is.
 """
 
@@ -233,7 +233,7 @@ class DALILoader(Loader):
         return files, errors
 
     def _decode(self, sample_id: int, data: Encoded) -> Pixels:
-        """As the torch executor does. Raises DecodeError."""
+        """As the torch loader does. Raises DecodeError."""
         name, stored = self.index.names[sample_id], tuple(self.index.sizes[sample_id].tolist())
         try:
             pixels = read_pixels(data.tobytes())

@@ -1,4 +1,4 @@
-"""The FFCV executor: threads that decode and render a memory-mapped .beton, driven by the plan.
+"""The FFCV loader: threads that decode and render a memory-mapped .beton, driven by the plan.
 
 The file is FFCV's, and so is its reader; the loop is our own (rendering.py). FFCV's Loader cannot run a plan: it draws its crops itself, hangs when its thread fails,
 hands out views of a ring that it overwrites, returns a damaged JPEG as noise, and touches every GPU.

@@ -1,4 +1,4 @@
-"""The resident executor: the whole set as one uint8 tensor on the device, augmented a batch at a time.
+"""The resident loader: the whole set as one uint8 tensor on the device, augmented a batch at a time.
 
 For CIFAR, Tiny ImageNet, STL-10 and anything else whose pixels fit beside the model. Reads a folder
 written by `tools/convert.py resident`: an index and images.npy, uint8 [N, H, W, 3].

@@ -1,4 +1,4 @@
-"""The executor of images as they are: class folders, and shards of tools/convert.py, on the CPU.
+"""The loader of images as they are: class folders, and shards of tools/convert.py, on the CPU.
 
 Whatever Pillow can open is shown as Pillow shows it (docs of the file formats: see docs/backends.md). EXIF rotation is
 not applied, as in torchvision's ImageFolder. Resizing is torchvision's antialiased bilinear of uint8 tensors. Threads
