@@ -27,6 +27,7 @@ PROGRAMS = {
     "profile": Program("fastdcd.tools.profile_throughput", "measure where a run's time goes and what to change"),
     "report": Program("fastdcd.tools.report", "draw one or several runs as a page"),
     "probe": Program("fastdcd.tools.linear_probe", "train a linear classifier on a network's frozen features"),
+    "export": Program("fastdcd.tools.export", "export a student: timm-style folder, ONNX, torch.export, the Hub"),
     "parity": Program("fastdcd.tools.check_parity", "compare a loader's pixels with the reference, on your data"),
     "demo": Program("fastdcd.tools.demo", "distil a student on real digits: a table and a picture in minutes"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from datetime import timedelta
@@ -21,7 +22,7 @@ from accelerate.utils import (
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
-from fastdcd import models, pretrained, trackers, weights
+from fastdcd import export, models, pretrained, trackers, weights
 from fastdcd import teacher as teachers
 from fastdcd.checkpoint import Progress
 from fastdcd.config import Config, Data
@@ -273,9 +274,10 @@ def write_results(
     average_accuracy: Accuracy | None,
     teacher_accuracy: Accuracy | None,
     finished: bool,
+    labels: Sequence[str],
 ) -> dict[str, Any]:
-    """Write summary.json; if the run is finished student.safetensors, and student-ema.safetensors if there is a moving
-    average. Returns the summary."""
+    """Write summary.json; if the run is finished student.safetensors, student-ema.safetensors if there is a moving
+    average, and export/, the student as timm loads it, for classes named `labels`. Returns the summary."""
     assert config.run.dir is not None
     summary = {
         "finished": finished,
@@ -288,7 +290,9 @@ def write_results(
     }
     if accelerator.is_main_process:
         if finished:
-            weights.save(config.run.dir / "student.safetensors", module.student.original_state_dict())
+            student = module.student.original_state_dict()
+            weights.save(config.run.dir / "student.safetensors", student)
+            export.write_folder(config.run.dir / "export", export.describe(config, labels), student)
             if module.average is not None:
                 averaged = module.average.network.original_state_dict()
                 weights.save(config.run.dir / "student-ema.safetensors", averaged)

@@ -162,8 +162,9 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
             accuracy, averaged = evaluate_student()
         metrics.close()
         accelerator.end_training()
+        labels = train_set.index.classes
         summary = experiment.write_results(
-            cfg, accelerator, module, now(), accuracy, averaged, teacher_accuracy, finished
+            cfg, accelerator, module, now(), accuracy, averaged, teacher_accuracy, finished, labels
         )
     if finished and accuracy:
         accelerator.print(
