@@ -262,7 +262,7 @@ def write_config(config: Config, accelerator: Accelerator) -> None:
         with replace_file(config.run.dir / "config.yaml") as file:
             file.write(dump(config).encode())
     accelerator.wait_for_everyone()
-    trackers.start(accelerator, "trackers")
+    trackers.start(accelerator, "trackers", config.run.dir)
 
 
 def write_results(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -29,13 +30,16 @@ def check(names: Sequence[str]) -> None:
             )
 
 
-def start(accelerator: Accelerator, project: str) -> None:
-    """Start the trackers that the accelerator was made with. Raises ValueError if one does not start."""
+def start(accelerator: Accelerator, project: str, folder: Path) -> None:
+    """Start the trackers that the accelerator was made with; their files go to `folder`, not beside the program.
+
+    Raises ValueError if one does not start.
+    """
     try:
-        accelerator.init_trackers(project)
+        accelerator.init_trackers(project, init_kwargs={"wandb": {"dir": str(folder)}})
     except Exception as error:  # each has errors of its own: no login, no server, a folder that cannot be written
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise ValueError(
-            f"run.trackers: a tracker does not start ({lines[0].strip()}); set it up, use it offline "
+            f"run.trackers: a tracker does not start ({lines[0].strip()[:200]}); set it up, use it offline "
             "(WANDB_MODE=offline), or leave it out"
         ) from error
