@@ -31,6 +31,7 @@ from benchmarks import record, training
 from benchmarks.training import append, lines
 from fastdcd import cli, config, config_file
 from fastdcd.cache import fill as filling
+from fastdcd.html_report import METHODS
 
 PLAIN = "no teacher"
 STUDENTS = {
@@ -42,7 +43,12 @@ STUDENTS = {
 # What is timed only. As distillation is usually trained: images from files through a torch DataLoader, fp32.
 USUAL = "DCD + KD, online, fp32, `torch` loader from files"
 FILL = "filling one view of the cache"
-COLORS = {PLAIN: "#8a8a8a", "KD, cached": "#3b78b8", "DCD + KD, cached": "#c8502d", "DCD + KD, online": "#c8502d"}
+COLORS = {
+    PLAIN: METHODS["no teacher"],
+    "KD, cached": METHODS["KD"],
+    "DCD + KD, cached": METHODS["DCD + KD"],
+    "DCD + KD, online": METHODS["DCD + KD"],
+}
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -15,6 +15,17 @@ def colour(number: int) -> str:
     if number < len(COLOURS):
         return COLOURS[number]
     return f"hsl({number * 137.5 % 360:.0f} 50% 52%)"  # the golden angle: neighbours are far apart
+
+
+# One colour for a method, in every picture: README's chart, the demo's, the report.
+METHODS = {"no teacher": "#8a8a8a", "KD": "#3b78b8", "DCD": "#2f9e7a", "DCD + KD": "#c8502d"}
+
+
+def shade(hexadecimal: str, number: int) -> str:
+    """A colour for the number-th curve of one kind: the colour itself, then lighter ones."""
+    share = 1 - 0.55**number
+    channels = (int(hexadecimal[start : start + 2], 16) for start in (1, 3, 5))
+    return "#" + "".join(f"{round(each + (225 - each) * share):02x}" for each in channels)
 
 
 _STYLE = """
@@ -86,12 +97,12 @@ def tiles(values: dict[str, str]) -> str:
     return f'<div class="tiles">{"".join(each)}</div>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, coloured: bool = False) -> str:
-    """A table of text; the first column names the row, `coloured` as the curves of figures are."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, colours: Sequence[str] = ()) -> str:
+    """A table of text; the first column names the row, beside its colour in figures if `colours` has one each."""
     top = "".join(f"<th>{escape(each)}</th>" for each in head) if any(head) else ""
     body = ""
     for number, row in enumerate(rows):
-        dot = f'<i style="background:{colour(number)}"></i>' if coloured else ""
+        dot = f'<i style="background:{colours[number]}"></i>' if colours else ""
         body += (
             "<tr>"
             + f"<td>{dot}{escape(row[0])}</td>"
@@ -213,15 +224,24 @@ def histogram(values: Sequence[float], marks: dict[str, float], *, unit: str, bi
     return _svg(500, height + 20, drawn)
 
 
-def chart(lines: Sequence[Line], *, x: str, y: str, key: Sequence[str] | None = None) -> str:
-    """Curves over one x axis. Colours follow `key`, the names of all curves of a page."""
-    key = list(key or [line.name for line in lines])
+def chart(
+    lines: Sequence[Line],
+    *,
+    x: str,
+    y: str,
+    colours: Mapping[str, str] | None = None,
+    levels: Mapping[str, float] | None = None,
+) -> str:
+    """Curves over one x axis. `colours` has one for each curve's name; `levels` are named values of y, drawn across."""
+    colours = colours or {line.name: colour(number) for number, line in enumerate(lines)}
     points = [point for line in lines for point in line.points]
     if not points:
         return '<p class="soft">no figures</p>'
     left, width, height = 52, 440, 190
     x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
-    y_low, y_high = min(p[1] for p in points), max(p[1] for p in points)
+    levels = levels if points and levels else {}
+    heights = [*(p[1] for p in points), *levels.values()]
+    y_low, y_high = min(heights), max(heights)
     if y_low >= 0 and y_low < 0.6 * y_high:
         y_low = 0.0
     if y_high == y_low:
@@ -248,8 +268,13 @@ def chart(lines: Sequence[Line], *, x: str, y: str, key: Sequence[str] | None = 
             f'<text class="soft" x="{across(tick):.1f}" y="{height + 30}" text-anchor="middle">{number(tick)}</text>'
         )
     drawn.append(f'<text class="soft" x="{left + width}" y="{height + 46}" text-anchor="end">{escape(x)}</text>')
+    for name, value in levels.items():
+        drawn.append(
+            f'<line class="mark" x1="{left}" x2="{left + width}" y1="{up(value):.1f}" y2="{up(value):.1f}"/>'
+            f'<text class="soft" x="{left + 4}" y="{up(value) - 4:.1f}">{escape(name)} {number(value)}</text>'
+        )
     for line in lines:
-        stroke = colour(key.index(line.name))
+        stroke = colours[line.name]
         path = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in thin(line.points))
         if len(line.points) == 1:
             a, b = line.points[0]

@@ -22,7 +22,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import fastdcd
-from fastdcd import cli, config_file, train
+from fastdcd import cli, config_file, html_report, train
 
 TRAIN_IMAGES = 1000
 SEEDS = (0, 1, 2)
@@ -116,13 +116,12 @@ def picture(path: Path) -> None:
     """Accuracy of every student, and how it came about."""
     plt = cli.pyplot()
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(2, 3), layout="constrained")
-    low = np.floor(min(summary(f"{student}-{seed}")["top1"] for student in STUDENTS for seed in SEEDS))
-    colors = dict(zip(STUDENTS, ("#8a8a8a", "#3b78b8", "#c8502d"), strict=True))
+    colors = {student: html_report.METHODS[title] for student, title in STUDENTS.items()}
     for place, (student, title) in enumerate(STUDENTS.items()):
         top1 = [summary(f"{student}-{seed}")["top1"] for seed in SEEDS]
         bars.bar(place, np.mean(top1), color=colors[student], width=0.6)
         bars.plot([place] * len(top1), top1, "o", color="black", markersize=4)
-        bars.annotate(f"{np.mean(top1):.1f}", (place, low - 1), ha="center", color="white", fontsize=12)
+        bars.annotate(f"{np.mean(top1):.1f}", (place, 3), ha="center", color="white", fontsize=12)
         lines = [read_metrics(f"{student}-{seed}") for seed in SEEDS]
         epochs = [line["epoch"] + 1 for line in lines[0]]
         values = np.array([[line["top1"] for line in run] for run in lines])
@@ -133,7 +132,7 @@ def picture(path: Path) -> None:
         axes.axhline(teacher, color="black", linewidth=0.8, linestyle="--")
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylabel("top-1, %")
-    bars.set(ylim=(low - 2, 100), xticks=range(3), xticklabels=list(STUDENTS.values()))
+    bars.set(ylim=(0, 100), xticks=range(3), xticklabels=list(STUDENTS.values()))
     bars.set_title("after the last epoch; dots are seeds", fontsize=10)
     curves.annotate("teacher", (curves.get_xlim()[0], teacher), (4, 4), textcoords="offset points", fontsize=9)
     curves.locator_params(axis="x", integer=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # run by path: import from the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import yaml
 
 from fastdcd import cli, html_report
 from fastdcd.cli import human_time
@@ -38,11 +41,31 @@ UNDRAWN = {"kind", "epoch", "step", "skipped_in_a_row"}
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run wrote: its lines of metrics.jsonl and its summary, {} while it still runs."""
+    """What a run wrote: its lines of metrics.jsonl, its summary, {} while it still runs, and its config."""
 
     name: str
     lines: list[dict[str, Any]]
     summary: dict[str, Any]
+    config: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        """What taught it, by the titles of its loss terms: no teacher, KD, DCD + KD, ..."""
+        loss = self.config.get("loss") or {}
+        taught = [term.title for name, term in TERMS.items() if term.needs_teacher and loss.get(name)]
+        return " + ".join(sorted(taught)) or "no teacher"
+
+    @property
+    def teacher_top1(self) -> float | None:
+        """The teacher's accuracy, where it was measured."""
+        found = [line["top1"] for line in self.lines if line["kind"] == "teacher"]
+        return found[-1] if found else self.summary.get("teacher_top1")
+
+    @property
+    def tau_bound(self) -> float | None:
+        """The bound that the temperature sits at, at the end of its curve."""
+        bound, points = (self.config.get("loss") or {}).get("tau_max"), self.curve("tau", "train").points
+        return bound if bound and points and points[-1][1] >= 0.999 * bound else None
 
     def curve(self, key: str, kind: str) -> Line:
         """The points (step, value) of a key; of several processes' values the largest. A step that was not finite
@@ -97,10 +120,12 @@ def read(folder: Path, name: str) -> Run:
             raise ValueError(f"{folder / 'metrics.jsonl'}: line {number} is damaged; remove it")
         lines.append(line)
     summary = folder / "summary.json"
+    config = folder / "config.yaml"
     return Run(
         name=name,
         lines=lines,
         summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
+        config=yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {},
     )
 
 
@@ -115,23 +140,54 @@ def figures(runs: list[Run]) -> list[Figure]:
 
 def page(runs: list[Run]) -> str:
     """The page of some runs."""
-    key = [run.name for run in runs]
+    colours = method_colours(runs)
     cards = []
     for value, kind, title, unit in figures(runs):
         lines = [line for run in runs if (line := run.curve(value, kind)).points]
         if not any(y for line in lines for _, y in line.points):
             continue  # no run has it, or nothing ever happened
-        figure = html_report.chart(lines, x="step", y=unit, key=key)
-        cards.append(html_report.card(title, figure, name=value))
+        levels = _teachers(runs) if value == "top1" else {}
+        figure = html_report.chart(lines, x="step", y=unit, colours=colours, levels=levels)
+        cards.append(html_report.card(title, figure, name=value, note=_tau_note(runs) if value == "tau" else ""))
     head = ("", "top-1, %", "best, %", "epochs", "steps", "training", "images/s", "data wait", "parameters")
     parts = [
-        html_report.card("Runs", html_report.table(head, [_row(run) for run in runs], coloured=True), name="runs"),
+        html_report.card(
+            "Runs",
+            html_report.table(head, [_row(run) for run in runs], colours=[colours[run.name] for run in runs]),
+            name="runs",
+        ),
         html_report.grid(cards),
     ]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     return html_report.document(
         title, "images/s and waiting for data are medians over the lines of metrics.jsonl", parts
     )
+
+
+def method_colours(runs: list[Run]) -> dict[str, str]:
+    """A colour for each run by its method; further runs of one method are lighter."""
+    found: dict[str, str] = {}
+    others = [method for method in dict.fromkeys(run.method for run in runs) if method not in html_report.METHODS]
+    seen: Counter[str] = Counter()
+    for run in runs:
+        known = html_report.METHODS.get(run.method)
+        base = known or html_report.COLOURS[(4 + others.index(run.method)) % len(html_report.COLOURS)]
+        found[run.name] = html_report.shade(base, seen[run.method])
+        seen[run.method] += 1
+    return found
+
+
+def _teachers(runs: list[Run]) -> dict[str, float]:
+    """Accuracies to draw across: the teacher's, or those of several."""
+    values = dict.fromkeys(run.teacher_top1 for run in runs if run.teacher_top1 is not None)
+    return {f"teacher{' ' * number}": value for number, value in enumerate(values)}
+
+
+def _tau_note(runs: list[Run]) -> str:
+    bound = [f"{run.name} ({run.tau_bound:g})" for run in runs if run.tau_bound]
+    if not bound:
+        return ""
+    return f"At its bound, loss.tau_max, where it stops learning: {', '.join(bound)}. A higher one may help."
 
 
 def _row(run: Run) -> list[str]:

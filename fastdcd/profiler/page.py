@@ -10,6 +10,7 @@ import numpy as np
 
 from fastdcd import html_report
 from fastdcd.cli import human_time
+from fastdcd.profiler.projection import says_something
 from fastdcd.profiler.stages import stages
 from fastdcd.profiler.verdict import evaluation_share
 from pipelines.files import human_bytes
@@ -66,8 +67,12 @@ def page(profile: dict[str, Any]) -> str:
         html_report.card(
             "Processes", _ranks(profile["ranks"]), note=_RANKS if len(profile["ranks"]) > 1 else "", name="ranks"
         ),
-        html_report.card("Projection to ImageNet", _projection(profile), note=_PROJECTION, name="projection"),
     ]
+    if says_something(profile):
+        card = html_report.card(
+            "Projection to ImageNet", _projection(profile), note=_PROJECTION, name="projection"
+        )
+        parts.append(card)
     return html_report.document("Where the time goes", subtitle, parts)
 
 
@@ -181,15 +186,17 @@ def _ranks(ranks: list[dict[str, Any]]) -> str:
 
 
 def _projection(profile: dict[str, Any]) -> str:
+    priced = any(row["cost"] is not None for row in profile["projection"])
     rows = [
         (
             f"{row['gpus']}",
             f"{row['images_per_second']:,.0f}",
             human_time(row["epoch_seconds"]),
             human_time(row["recipe_seconds"]),
-            f"{row['cost']:,.2f}" if row["cost"] is not None else "-",
+            *([f"{row['cost']:,.2f}"] if priced else []),
         )
         for row in profile["projection"]
     ]
     epochs = profile["about"]["epochs"]
-    return html_report.table(("devices", "images/s", "epoch", f"{epochs} epochs", "cost"), rows)
+    head = ("devices", "images/s", "epoch", f"{epochs} epochs", *(["cost"] if priced else []))
+    return html_report.table(head, rows)

@@ -17,6 +17,15 @@ LAST_BUCKET = 25 * 2**20  # bytes: torch's DistributedDataParallel, bucket_cap_m
 BANDWIDTH = 25e9  # bytes a second and process: 200 Gbit/s, when it was not measured
 
 
+# Images of ImageNet are trained on at 128 px and more; a step on small images says nothing about theirs.
+SMALLEST = 96
+
+
+def says_something(profile: dict[str, Any]) -> bool:
+    """Whether the measured step is one that ImageNet could have."""
+    return bool(profile["about"]["image_size"] >= SMALLEST)
+
+
 def step_seconds(profile: dict[str, Any], processes: int, bandwidth: float) -> float:
     """A step on `processes` with this profile's rows each, seconds."""
     stages = {name: value["mean"] for name, value in profile["stages"].items()}

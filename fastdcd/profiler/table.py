@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastdcd.cli import human_time
+from fastdcd.profiler.projection import says_something
 from fastdcd.profiler.verdict import evaluation_share
 
 Profile = dict[str, Any]
@@ -52,6 +53,8 @@ def table(profile: Profile) -> str:
         lines += [f"      {advice['command']}"] if advice["command"] else []
         lines += [f"      --set {' '.join(advice['settings'])}"] if advice["settings"] else []
     lines += [f"  note: {note}" for note in found["notes"]]
+    if not says_something(profile):
+        return "\n".join(lines)
     lines += ["", f"PROJECTION to ImageNet, {about['epochs']} epochs (a model: see docs/profile.md)"]
     lines.append(f"{'devices':>8}{'images/s':>12}{'epoch':>12}{'recipe':>12}{'cost':>10}")
     for row in profile["projection"]:
