@@ -193,7 +193,7 @@ def to_exported_program(classifier: Classifier, path: Path, image_size: int) -> 
     """Write a torch.export program (torch.export.load reads it): the same input and output as `to_onnx`."""
     program = torch.export.export(classifier, (_example(image_size),), dynamic_shapes=_any_batch())
     with replace_file(path) as file:
-        torch.export.save(program, file)  # type: ignore[arg-type]
+        torch.export.save(program, file)
 
 
 def _any_batch() -> dict[str, Any]:

@@ -45,7 +45,8 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
     train_set, val_set = experiment.open_data(cfg, accelerator)
     with train_set, val_set, StopRequest(accelerator) as stop:
         # ---- the parts
-        classes = len(train_set.index.classes)
+        class_names = train_set.index.classes
+        classes = len(class_names)
         family = experiment.view_family(cfg)
         steps_per_epoch = experiment.steps_per_epoch(cfg, train_set.index)
         teacher = experiment.build_teacher(cfg, classes, accelerator)
@@ -162,9 +163,8 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
             accuracy, averaged = evaluate_student()
         metrics.close()
         accelerator.end_training()
-        labels = train_set.index.classes
         summary = experiment.write_results(
-            cfg, accelerator, module, now(), accuracy, averaged, teacher_accuracy, finished, labels
+            cfg, accelerator, module, now(), accuracy, averaged, teacher_accuracy, finished, class_names
         )
     if finished and accuracy:
         accelerator.print(
