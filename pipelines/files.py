@@ -156,18 +156,24 @@ def open_file(path: Path | bytes) -> IO[bytes]:
 
     Raises ValueError with a reason that does not name the file, OSError if the storage fails.
     """
+    descriptor, _ = _open_regular(path)
+    return os.fdopen(descriptor, "rb")
+
+
+def _open_regular(path: Path | bytes) -> tuple[int, int]:
+    """Descriptor and size of a regular file. Raises as open_file does."""
     try:
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno not in _OF_A_FILE:
             raise
         reason = "a socket or device" if error.errno == errno.ENXIO else (error.strerror or "").lower()
         raise ValueError(reason) from None
-    mode = os.fstat(file.fileno()).st_mode
-    if stat.S_ISREG(mode):
-        return file
-    file.close()
-    raise ValueError(f"{_KINDS.get(stat.S_IFMT(mode), 'something else')}, expected a file")
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode):
+        return descriptor, found.st_size
+    os.close(descriptor)
+    raise ValueError(f"{_KINDS.get(stat.S_IFMT(found.st_mode), 'something else')}, expected a file")
 
 
 _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder"}
@@ -175,11 +181,16 @@ _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a dev
 
 def read_file(path: Path | bytes, limit: int = MAX_FILE) -> bytes:
     """The bytes of a regular file of at most `limit` bytes: see open_file."""
-    with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
+    descriptor, size = _open_regular(path)  # three system calls: loaders do this for every image
+    try:
         if size > limit:
             raise ValueError(f"{size:,} bytes, expected at most {limit:,}")
-        return file.read(limit)
+        data = os.read(descriptor, size)
+        while len(data) < size and (more := os.read(descriptor, size - len(data))):
+            data += more  # a read gives 2 GiB at most
+        return data
+    finally:
+        os.close(descriptor)
 
 
 def read_text(path: Path, limit: int = 1 << 26) -> str:
@@ -203,6 +214,14 @@ def map_file(path: Path) -> mmap.mmap:
         raise ValueError(f"{path}: an empty file; copy or convert it again")
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+SCARCE = 0.7  # of the memory: a larger file will not stay in it beside the processes
+
+
+def fits_in_memory(size: int) -> bool:
+    """Whether the page cache will keep a file of `size` bytes once it was read."""
+    return size <= SCARCE * memory_bytes()
 
 
 def memory_bytes() -> int:

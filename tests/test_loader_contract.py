@@ -24,13 +24,13 @@ from conftest import absent
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from pipelines import files
 from pipelines.base import BACKENDS, Batch, DecodeError, Loader, LoaderOptions, open_loader
 from pipelines.conversion import beton_writer, shard_writer
 from pipelines.conversion.encode import Source, Storage
 from pipelines.formats import shards
 from pipelines.images import render
 from pipelines.index import DatasetIndex
-from pipelines.loaders import ffcv_loader
 from pipelines.plan import Crops, EpochPlan, RankPlan, order
 from pipelines.views import Center, RandomResizedCrop, ViewFamily
 
@@ -366,7 +366,7 @@ def test_ffcv_from_a_file_larger_than_memory(
     case = ffcv_case(photos, tmp_path, jpeg=1.0)
     pictures = []
     for memory in (1, 1 << 50):
-        monkeypatch.setattr(ffcv_loader, "memory_bytes", lambda memory=memory: memory)
+        monkeypatch.setattr(files, "memory_bytes", lambda memory=memory: memory)
         with case.open() as loader:
             pictures.append(torch.cat([batch.images[0] for batch in loader.epoch(make_work(case, (64,)))]))
     assert torch.equal(*pictures)

@@ -42,7 +42,7 @@ from fastdcd.cache.manifest import (
     StoredManifest,
     different_environment,
 )
-from pipelines.files import Lock, explain_full_disk, human_bytes, replace_file, write_json
+from pipelines.files import Lock, explain_full_disk, fits_in_memory, human_bytes, replace_file, write_json
 from pipelines.formats.checked import read_array, read_record
 from pipelines.prefetch import copy_stream
 
@@ -387,22 +387,25 @@ class TeacherCache:
 class _Rows:
     """A complete view, open for reading in any order.
 
-    Pages are read on demand. Left to itself the kernel reads a good deal around each, which is of no use for
-    rows in random order: from a view larger than memory that is 50 times slower than asking for the rows of a
-    batch, all at once, and taking them then.
+    Pages are read on demand. Left to itself the kernel reads a good deal around each. Where memory holds the view that
+    soon brings all of it. From a larger view it is of no use for rows in random order: 50 times slower than asking
+    for the rows of a batch, all at once, and taking them then.
     """
 
     def __init__(self, path: Path, rows: NDArray[np.uint8]) -> None:
         self.file = path.open("rb")
         assert isinstance(rows, np.memmap)
         self.rows, self.start, self.row_bytes = rows, rows.offset, rows.shape[1]
-        rows._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        self.scarce = not fits_in_memory(rows.nbytes)
+        if self.scarce:
+            rows._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
 
     def take(self, ids: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy the rows of `ids` to `out` [n, row_bytes]."""
         assert not len(ids) or (ids.min() >= 0 and ids.max() < len(self.rows))
         descriptor, size = self.file.fileno(), self.row_bytes
-        for offset in (self.start + ids * size).tolist():
+        # 45 to 86 % of the whole where nothing has to be read
+        for offset in (self.start + ids * size).tolist() if self.scarce else ():
             os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
         np.take(self.rows, ids, axis=0, out=out, mode="clip")  # the default mode copies once more
 
