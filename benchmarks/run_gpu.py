@@ -79,14 +79,36 @@ def _step(name: str, experiment: str, batch: int, size: int, teacher_size: int) 
 
 _TINY_IMAGENET = "data.batch_size=8 student.image_size=32 data.device=cpu train.precision=fp32"
 PARTS = (
-    _step("step-r18-192", "resnet34_resnet18", 1024, 192, 192),
+    Part(
+        name="gpu-pixels",
+        script="gpu_pixels.py",
+        arguments=f"--source {PHOTOGRAPHS}",
+        tiny="--batch-size 4 --size 32 --loads 0 --model torchvision:shufflenet_v2_x0_5",
+        minutes=3.0,
+        needs=PHOTOGRAPHS,
+    ),
     Part(
         name="gpu-loaders",
         script="gpu_loaders.py",
-        arguments=f"--source {PHOTOGRAPHS}",
+        arguments=f"--source {PHOTOGRAPHS} --shares 0.65",
         tiny="--images 16 --batch-size 8 --sizes 32 --shares 0.65 --workers 1 --rounds 1",
         needs=PHOTOGRAPHS,
     ),
+    Part(  # apart: a decoder that crashes must not take the other loaders with it
+        name="gpu-loaders-other-shares",
+        script="gpu_loaders.py",
+        arguments=f"--source {PHOTOGRAPHS} --shares 0 1 0.25 0.8",
+        tiny="--images 16 --batch-size 8 --sizes 32 --shares 0.65 --workers 1 --rounds 1",
+        needs=PHOTOGRAPHS,
+    ),
+    Part(
+        name="fused-loss-cuda",
+        script="fused_loss.py",
+        arguments="--rows 64 256 1024 4096 8192 16384",
+        tiny="--rows 16 --seconds 0.1",
+        minutes=5.0,
+    ),
+    _step("step-r18-192", "resnet34_resnet18", 1024, 192, 192),
     Part(
         name="epoch-r18",
         script="epoch_time.py",
@@ -97,13 +119,6 @@ PARTS = (
     ),
     _step("step-r18-224", "resnet34_resnet18", 256, 224, 224),
     _step("step-r18-160", "resnet34_resnet18", 1024, 160, 192),
-    Part(
-        name="fused-loss-cuda",
-        script="fused_loss.py",
-        arguments="--rows 64 256 1024 4096 8192 16384",
-        tiny="--rows 16 --seconds 0.1",
-        minutes=5.0,
-    ),
     Part(
         name="profiler-cuda",
         script="profiler.py",

@@ -193,6 +193,20 @@ def read_file(path: Path | bytes, limit: int = MAX_FILE) -> bytes:
         os.close(descriptor)
 
 
+def read_into(path: Path | bytes, memory: memoryview) -> int | None:
+    """Read a regular file into the beginning of `memory`; its size, or None if it does not fit. Raises as open_file does."""
+    descriptor, size = _open_regular(path)
+    try:
+        if size > len(memory):
+            return None
+        done = 0
+        while done < size and (count := os.readv(descriptor, [memory[done:size]])):
+            done += count
+        return done
+    finally:
+        os.close(descriptor)
+
+
 def read_text(path: Path, limit: int = 1 << 26) -> str:
     """The text of a file in UTF-8, with or without a BOM. Raises ValueError that names the file."""
     try:

@@ -63,6 +63,14 @@ def cut_photographs(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` are for machines with a GPU, and wait for one elsewhere, in CI too."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="torch finds no GPU"))
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
     """Each test begins without Accelerate's settings of the last."""

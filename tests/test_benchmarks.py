@@ -36,7 +36,7 @@ def results(folder: Path, name: str) -> dict[str, Any]:
 
 # fused_loss.py starts a process for each of its figures, which is too slow here; tests/test_losses.py has its forms.
 @pytest.mark.parametrize(
-    "name", ["step-r18-160", "gpu-loaders", "epoch-r18", "fill-cuda", "profiler-cuda", "cifar-pairs"]
+    "name", ["step-r18-160", "gpu-pixels", "gpu-loaders", "epoch-r18", "fill-cuda", "profiler-cuda", "cifar-pairs"]
 )
 def test_every_part_writes_its_results(run_gpu: ModuleType, tmp_path: Path, name: str) -> None:
     (part,) = [part for part in run_gpu.PARTS if part.name == name]
@@ -67,7 +67,7 @@ def test_what_is_missing_is_run_once_and_told(run_gpu: ModuleType) -> None:
 
 def test_parts_that_cannot_run_are_told(run_gpu: ModuleType, tmp_path: Path) -> None:
     ran = run_program(RUN_GPU, "fused-los")
-    assert ran.code == 2 and "fused-los: no such part; known: step-r18-192" in ran.err
+    assert ran.code == 2 and "fused-los: no such part; known: gpu-pixels" in ran.err
     (tmp_path / "data/cifar100-resident").unlink()
     ran = run_program(RUN_GPU, "fill-cuda", "--tiny")
     assert ran.code == 1 and "data/cifar100-resident/train is missing; docs/convert.md" in ran.err

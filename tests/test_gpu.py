@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 from fastdcd import experiment
 from fastdcd.losses import dcd
+from pipelines.base import LoaderOptions, open_loader
+from pipelines.plan import EpochPlan
+from pipelines.views import RandomResizedCrop
 
 
 def test_processes_stay_on_their_gpus_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,3 +73,47 @@ def test_triton_kernels_fit_and_spill_nothing(dimensions: int, tmp_path: Path) -
 
 def test_triton_leaves_larger_embeddings_to_tiles() -> None:
     assert dcd.fastest("cuda", 65536, 256) == "triton" and dcd.fastest("cuda", 65536, 257) == "tiled"
+
+
+# ---- what only a GPU can show: pytest -m cuda
+
+
+@pytest.mark.cuda
+def test_a_cached_samples_pixels_do_not_depend_on_its_batch(photographs: list[Path], tmp_path: Path) -> None:
+    for number, path in enumerate(photographs):
+        link = tmp_path / "ab"[number % 2] / path.name
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(path)
+    found = []
+    with open_loader("dali", tmp_path, LoaderOptions(device=torch.device("cuda", 0), repeatable=True)) as loader:
+        count = len(loader.index)
+        for ids, rows in [(np.arange(count), 16), (np.random.default_rng(0).permutation(count), 7)]:
+            plan = EpochPlan(
+                index=loader.index,
+                family=RandomResizedCrop(),
+                view_seed=0,
+                view=0,
+                order=ids,
+                batch_size=rows,
+            )
+            pixels = torch.zeros(count, 3, 64, 64, dtype=torch.uint8)
+            for batch in loader.epoch(plan.for_rank((64,))):
+                pixels[batch.ids] = batch.images[0].cpu()
+            found.append(pixels)
+    assert torch.equal(*found)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dimensions", [128, 256])
+def test_triton_on_a_gpu_is_the_reference(dimensions: int) -> None:
+    torch.manual_seed(0)
+    z = torch.nn.functional.normalize(torch.randn(2, 500, dimensions, device="cuda"), dim=2)
+    results = []
+    for form, dtype in [("naive", torch.float64), ("triton", torch.float32)]:
+        z_s, z_t = (each.to(dtype).requires_grad_() for each in z)
+        loss = dcd.dcd(z_s, z_t, torch.tensor(5.0, device="cuda", dtype=dtype), form=form).loss
+        loss.backward()
+        results.append([loss.detach().double(), z_s.grad.double(), z_t.grad.double()])  # type: ignore[union-attr]
+    for exact, ours in zip(*results, strict=True):
+        # embeddings are rounded to bfloat16: 2^-9 of each, some percent of the smallest gradients
+        assert (ours - exact).norm() <= 0.02 * exact.norm()
