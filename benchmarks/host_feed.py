@@ -28,6 +28,7 @@ from pipelines.base import LoaderOptions, open_loader
 from pipelines.conversion.encode import Storage
 from pipelines.conversion.job import Job, to_shards
 from pipelines.conversion.sources import open_sources
+from pipelines.formats.stored import PackedSamples
 
 BATCH = 256
 
@@ -78,8 +79,9 @@ def feed(path: Path, rng: np.random.Generator) -> Callable[[int], None]:
 
     def work(turn: int) -> None:
         ids = batches[turn % len(batches)]
-        for wait in loader._store.begin(ids, loader._fetch):  # type: ignore[attr-defined]
-            wait()
+        if isinstance(loader._stored, PackedSamples):  # type: ignore[attr-defined]
+            loader._stored.will_need(ids)  # type: ignore[attr-defined]
+        loader._fetch(ids)  # type: ignore[attr-defined]
 
     return work
 

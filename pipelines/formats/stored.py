@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import resource
+import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.files import map_file, path_of, read_file, will_need
+from pipelines.files import fits_in_memory, map_file, path_of, read_file, read_into, will_need
 from pipelines.formats import beton, shards
 from pipelines.images import Encoded, decode
 from pipelines.index import DatasetIndex
@@ -38,6 +39,10 @@ class StoredSamples(ABC):
         Raises ValueError with a reason that does not name the sample, or OSError.
         """
 
+    def read_all(self, samples: NDArray[np.int64]) -> list[Encoded]:
+        """The bytes of `samples` [n]. Raises as `read` does if one cannot be read."""
+        return [self.read(sample) for sample in samples.tolist()]
+
     @abstractmethod
     def file(self, sample: int) -> Path:
         """The file that a sample lies in."""
@@ -50,14 +55,41 @@ class StoredSamples(ABC):
         """Let go of the files."""
 
 
+_UNUSED = (
+    3  # references to a buffer: the list's, a variable's, that of the call which counts; each file holds another
+)
+
+
 class FileSamples(StoredSamples):
     """One file a sample, below one folder."""
 
     def __init__(self, root: Path, names: Sequence[str]) -> None:
         self._root, self._names = root, names
+        self._buffers: list[NDArray[np.uint8]] = []
+        self._usual = 0  # bytes of the most samples that were read at once so far
 
     def read(self, sample: int) -> Encoded:
         return np.frombuffer(read_file(path_of(self._root, self._names[sample])), np.uint8)
+
+    def read_all(self, samples: NDArray[np.int64]) -> list[Encoded]:
+        buffer, at, files = self._free_buffer(), 0, []
+        memory = memoryview(buffer)  # type: ignore[arg-type]  # to mypy, an array is no Buffer
+        for sample in samples.tolist():
+            size = read_into(path_of(self._root, self._names[sample]), memory[at:])
+            files.append(self.read(sample) if size is None else buffer[at : at + size])
+            at += len(files[-1])
+        self._usual = max(self._usual, at)
+        return files
+
+    def _free_buffer(self) -> NDArray[np.uint8]:
+        """Memory for several files, one that no file lies in any more: fresh pages cost as much as reading does."""
+        self._buffers = [each for each in self._buffers if len(each) >= self._usual]
+        for buffer in self._buffers:
+            if sys.getrefcount(buffer) == _UNUSED:
+                return buffer
+        buffer = np.empty(self._usual + self._usual // 8, np.uint8)
+        self._buffers.append(buffer)
+        return buffer
 
     def file(self, sample: int) -> Path:
         return self._root / self._names[sample]
@@ -91,6 +123,7 @@ class PackedSamples(StoredSamples):
         self._files = [map_file(path) for path in paths]
         self.maps = [np.frombuffer(file, np.uint8) for file in self._files]
         self.bytes = sum(map(len, self._files))
+        self._stays, self._asked = fits_in_memory(self.bytes), np.zeros(len(starts), np.bool_)
         self._checksums = checksums
         self._checked = np.zeros(len(starts), np.bool_)
         self._refuse_other_files()
@@ -121,6 +154,13 @@ class PackedSamples(StoredSamples):
             raise ValueError(CHANGED)
         return self._view(sample)
 
+    def read_all(self, samples: NDArray[np.int64]) -> list[Encoded]:
+        if self.damaged(samples).any():
+            raise ValueError(CHANGED)
+        maps, spans = self.maps, (self._numbers[samples], self._starts[samples], self._lengths[samples])
+        spans_of = zip(*(each.tolist() for each in spans), strict=True)
+        return [maps[number][start : start + length] for number, start, length in spans_of]
+
     def _view(self, sample: int) -> Encoded:
         start = self._starts[sample]
         return self.maps[self._numbers[sample]][start : start + self._lengths[sample]]
@@ -134,7 +174,13 @@ class PackedSamples(StoredSamples):
             file.madvise(mmap.MADV_RANDOM)
 
     def will_need(self, samples: NDArray[np.int64]) -> None:
-        """Let the kernel read `samples` [n] in the background; does not wait for the storage."""
+        """Let the kernel read `samples` [n] in the background; does not wait for the storage.
+
+        Where memory holds all files, what was read once stays in the page cache and is not asked for again.
+        """
+        if self._stays:
+            samples, asked = samples[~self._asked[samples]], samples
+            self._asked[asked] = True
         spans = (self._numbers[samples].tolist(), self._starts[samples].tolist(), self._lengths[samples].tolist())
         for number, start, length in zip(*spans, strict=True):
             will_need(self._files[number], start, length)

@@ -98,6 +98,7 @@ class DALILoader(Loader):
                 f"data.hw_decoder_load: got {share:g}, but cached features need a sample's pixels to be the same in every "
                 "batch, and the batch decides which images the JPEG engine decodes; set 0 (or leave it out)"
             )
+        self._looked_at, self._plain = np.zeros((2, len(index)), np.bool_)
         # Samples that DALI must not see: pixels from here instead (None), or black because of an error.
         self._replaced: dict[int, DecodeError | None] = {}
 
@@ -214,23 +215,41 @@ class DALILoader(Loader):
         return [self._threads.submit(self._fetch, part).result for part in parts]
 
     def _fetch(self, ids: NDArray[np.int64]) -> Fetched:
-        files, errors = [], []
-        for sample_id in ids.tolist():
+        """Files for DALI. Those of a part are read at once; each is looked into once, in its first epoch."""
+        try:
+            files = self._stored.read_all(ids)
+            for place in np.flatnonzero(~self._looked_at[ids]).tolist():
+                self._look_at(int(ids[place]), files[place])
+            odd = np.flatnonzero(~self._plain[ids])
+        except (OSError, ValueError):  # of one of them; which one is found out below
+            files, odd = [np.empty(0, np.uint8)] * len(ids), np.arange(len(ids))
+        errors = []
+        for place, sample_id in zip(odd.tolist(), ids[odd].tolist(), strict=True):
             error = self._replaced.get(sample_id)
-            size = self.index.sizes[sample_id].tolist()
             try:
-                data = self._stored.read(sample_id)
-                if error is None and (sample_id in self._replaced or not is_plain_jpeg(data, size)):
-                    data = _as_ppm(self._decode(sample_id, data))
+                if error is None:
+                    data = self._stored.read(sample_id)
+                    if not self._looked_at[sample_id]:
+                        self._look_at(sample_id, data)
+                    files[place] = data if self._plain[sample_id] else _as_ppm(self._decode(sample_id, data))
             except DecodeError as found:
                 error = found
             except (OSError, ValueError) as found:
                 error = DecodeError(sample_id, self.index.names[sample_id], str(found))
             if error is not None:
                 errors.append(error)
-                data = _as_ppm(np.zeros((*size, 3), np.uint8))
-            files.append(data)
+                files[place] = _as_ppm(np.zeros((*self.index.sizes[sample_id].tolist(), 3), np.uint8))
         return files, errors
+
+    def _look_at(self, sample_id: int, data: Encoded) -> None:
+        """Note whether DALI may decode a file itself."""
+        self._plain[sample_id] = is_plain_jpeg(data, self.index.sizes[sample_id].tolist())
+        self._looked_at[sample_id] = True
+
+    def _replace(self, sample_id: int, error: DecodeError | None) -> None:
+        """Never show a sample's file to DALI again."""
+        self._replaced[sample_id] = error
+        self._plain[sample_id], self._looked_at[sample_id] = False, True
 
     def _decode(self, sample_id: int, data: Encoded) -> Pixels:
         """As the torch loader does. Raises DecodeError."""
@@ -260,15 +279,17 @@ class DALILoader(Loader):
                 try:
                     self._decode(sample_id, self._stored.read(sample_id))
                 except DecodeError as bad:
-                    self._replaced[sample_id] = bad
+                    self._replace(sample_id, bad)
                     found = True
                 except (OSError, ValueError) as bad:
-                    self._replaced[sample_id] = DecodeError(sample_id, self.index.names[sample_id], str(bad))
+                    self._replace(sample_id, DecodeError(sample_id, self.index.names[sample_id], str(bad)))
                     found = True
         if not found:
             if all(sample_id in self._replaced for sample_id in suspects):
                 raise error  # not about images
-            self._replaced |= {sample_id: None for sample_id in suspects if sample_id not in self._replaced}
+            for sample_id in suspects:
+                if sample_id not in self._replaced:
+                    self._replace(sample_id, None)
 
     def close(self) -> None:
         super().close()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pipelines import versions
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
-from pipelines.files import memory_bytes
+from pipelines.files import fits_in_memory
 from pipelines.formats.beton import BetonLayout, index_folder, read_layout
 from pipelines.formats.stored import CHANGED, BetonSamples
 from pipelines.image_folder import same_classes
@@ -38,7 +38,6 @@ FINGERPRINT = {
     "decode": "turbojpeg, accurate DCT",
     "resize": "bilinear, antialiased, uint8",
 }
-SCARCE = 0.7  # of the memory: a larger file will not stay in it beside the processes
 
 
 class FFCVLoader(Loader):
@@ -95,7 +94,7 @@ class _Beton:
 
     def __init__(self, path: Path, layout: BetonLayout, index: DatasetIndex) -> None:
         self._samples, self._layout, self._index = BetonSamples(path, layout, index.checksums), layout, index
-        self._scarce = self._samples.bytes > SCARCE * memory_bytes()
+        self._scarce = not fits_in_memory(self._samples.bytes)
         if self._scarce:
             self._samples.read_sample_by_sample()
 
