@@ -20,6 +20,7 @@ from conftest import BOTH, ROOT, Digits, absent, run_program
 
 NULL_GPU = ROOT / "tests" / "null_gpu"
 Found = dict[str, Any]
+pytestmark = pytest.mark.timeout(900)  # 40 s of CPU time, on however busy a machine
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +61,7 @@ def start(null_gpu: Path, folder: Path, runs: dict[str, Any], **more: str) -> su
 
 
 def finish(process: subprocess.Popen[str], folder: Path) -> dict[str, Found]:
-    out, _ = process.communicate(timeout=250)
+    out, _ = process.communicate(timeout=800)
     assert process.returncode == 0, out
     found: dict[str, Found] = json.loads((folder / "found.json").read_text())
     return found
