@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -37,10 +38,18 @@ from pipelines.index import DatasetIndex
 from pipelines.plan import EpochPlan, epoch_order
 from pipelines.views import FAMILIES, ViewFamily
 
+
 # DDP averages gradients over processes. It need not send BatchNorm's statistics at every step, 2 collectives and a copy
 # for each: in training nothing reads them, and the first process's, which count, are the same either way.
 # `broadcast_buffers` gives them to all at the end of an epoch.
-_DDP = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+class _DDPArguments(DistributedDataParallelKwargs):
+    def to_kwargs(self) -> dict[str, Any]:
+        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters  # named anew in torch 2.15
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return {**super().to_kwargs(), name: False}
+
+
+_DDP = _DDPArguments(gradient_as_bucket_view=True)
 
 
 PCI = Path("/sys/bus/pci/devices")  # what Linux says of each
@@ -67,8 +76,9 @@ def make_accelerator(config: Config) -> Accelerator:
         mixed_precision=precision,
         log_with=list(config.run.trackers) or None,
         project_dir=config.run.dir,
-        kwargs_handlers=[_DDP, InitProcessGroupKwargs(timeout=timeout)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
+    accelerator.ddp_handler = _DDP  # Accelerate takes no subclass as a handler
     set_seed(config.run.seed)
     _stay_near(accelerator.device)
     return accelerator
