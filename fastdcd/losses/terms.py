@@ -222,6 +222,7 @@ class Feature(LossTerm):
 
     title = "features"
     logged: ClassVar = {"feature": ("Feature distance", "")}
+    needs_teacher_logits = False
     settings: Settings
 
     def __init__(self, settings: Settings, student_dim: int, teacher_dim: int) -> None:
