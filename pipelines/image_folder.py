@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipelines.files import open_file, path_of, read_text
-from pipelines.images import image_size
+from pipelines.images.decode import image_size
 from pipelines.index import DatasetIndex
 
 _log = logging.getLogger(__name__)

@@ -16,8 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import RandAugment as TorchvisionRandAugment
 from torchvision.transforms.v2 import functional as torchvision
 
-from pipelines import pixel_ops
-from pipelines.augment import OPS, Augment, RandAugment, Slot, ViewAugment, partners
+from pipelines.augment import OPS, Augment, RandAugment, Slot, ViewAugment, partners, pixel_ops
 from pipelines.index import DatasetIndex
 from pipelines.plan import EpochPlan, epoch_order
 from pipelines.views import PadCrop

@@ -139,3 +139,8 @@ def test_importing_pipelines_loads_nothing_heavy() -> None:
     code = "import sys, pipelines; print([name for name in ('torch', 'numpy', 'PIL') if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert ran.stdout.strip() == "[]"
+
+
+def test_pipelines_is_small_at_its_top_level() -> None:
+    rooms = {path.stem for path in (ROOT / "pipelines").iterdir() if path.name[0] not in "._"} - {"py"}
+    assert len(rooms) <= 13, sorted(rooms)

@@ -29,7 +29,7 @@ from pipelines.base import BACKENDS, Batch, DecodeError, Loader, LoaderOptions, 
 from pipelines.conversion import beton_writer, shard_writer
 from pipelines.conversion.encode import Source, Storage
 from pipelines.formats import shards
-from pipelines.images import render
+from pipelines.images.decode import render
 from pipelines.index import DatasetIndex
 from pipelines.plan import Crops, EpochPlan, RankPlan, order
 from pipelines.views import Center, RandomResizedCrop, ViewFamily
@@ -639,7 +639,7 @@ def test_the_kernel_compiles_once_for_all(loader: Loader, case: Case) -> None:
     """Whatever the epoch, the output sizes, the stored images and the number of renderings."""
     if case.backend not in ("torch", "ffcv"):
         return
-    from pipelines.rendering_kernel import render_samples
+    from pipelines.images.renderer_kernel import render_samples
 
     for seed, sizes in enumerate([(24,), (56,), (32, 48)]):
         list(loader.epoch(make_work(case, sizes, seed=seed, batch_size=5 + seed)))

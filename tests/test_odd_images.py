@@ -23,7 +23,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from pipelines.base import LoaderOptions, open_loader
 from pipelines.image_folder import UNREADABLE, index_image_folder
-from pipelines.images import decode, image_size
+from pipelines.images.decode import decode, image_size
 from pipelines.plan import EpochPlan
 from pipelines.views import Center
 

@@ -26,9 +26,10 @@ from fastdcd.profiler.stages import stages
 from fastdcd.profiler.verdict import verdict
 from fastdcd.train import train
 from pipelines import files as files_module
-from pipelines import prefetch, rendering
+from pipelines import prefetch
 from pipelines.base import LoaderOptions, open_loader
 from pipelines.conversion.job import sample_to_beton
+from pipelines.images import renderer as rendering
 from pipelines.loaders import torch_loader
 from pipelines.plan import EpochPlan
 from pipelines.views import Center

@@ -13,13 +13,13 @@ from conftest import Digits
 from PIL import Image
 from test_loader_contract import odd_files, plan_of
 
-from pipelines import rendering
 from pipelines.base import Loader, LoaderOptions, open_loader
 from pipelines.conversion.encode import Storage
 from pipelines.conversion.job import Job, to_beton, to_shards
 from pipelines.conversion.sources import open_sources
 from pipelines.formats.stored import open_shards
-from pipelines.images import decode, render
+from pipelines.images import renderer as rendering
+from pipelines.images.decode import decode, render
 from pipelines.plan import Crops, RankPlan
 
 SIZES = (32, 97, 224, 512)
@@ -113,7 +113,7 @@ def test_photographs_are_decoded_by_the_kernel(folder: Path, monkeypatch: pytest
 def test_a_missing_library_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(
-        logging.getLogger("pipelines.rendering"), "handle", lambda record: lines.append(record.getMessage())
+        logging.getLogger("pipelines.images.renderer"), "handle", lambda record: lines.append(record.getMessage())
     )
 
     def nothing(name: str) -> ctypes.CDLL:

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, absent
 from PIL import Image
 
-from pipelines.resize import resize, resize_reference
+from pipelines.images.resize import resize, resize_reference
 
 # Of shapes(): as torch 2.15's AVX2 code made them. A change here makes every teacher cache of resized images wrong.
 GOLDEN = "879a591818f0177e125bdc9bc478c870"
@@ -89,7 +89,7 @@ def print_digests() -> None:
 
 def compiled(image: torch.Tensor, size: int) -> torch.Tensor:
     """The whole of uint8 [3, H, W], resized by the loaders' compiled kernel."""
-    from pipelines.rendering_kernel import render_samples
+    from pipelines.images.renderer_kernel import render_samples
 
     _, height, width = image.shape
     pixels = np.concatenate([image.permute(1, 2, 0).numpy().reshape(-1), np.zeros(8, np.uint8)])

@@ -31,7 +31,7 @@ from pipelines.base import Loader, LoaderOptions, open_loader
 from pipelines.files import user_path, write_json
 from pipelines.formats.stored import open_stored
 from pipelines.image_folder import user_cache
-from pipelines.images import decode, render
+from pipelines.images.decode import decode, render
 from pipelines.plan import Crops, RankPlan
 from pipelines.views import Boxes, Center, RandomResizedCrop, ViewFamily
 

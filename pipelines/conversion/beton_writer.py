@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipelines.conversion.encode import Source, Storage, shrink
 from pipelines.conversion.journal import Journal, Reject, chain, write_manifest, write_rejects
 from pipelines.formats.beton import IMAGE, LABEL, RAW, import_ffcv, index_folder
-from pipelines.images import read_pixels
+from pipelines.images.decode import read_pixels
 from pipelines.index import DatasetIndex
 from pipelines.views import hash_key, uniform
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from pipelines.images import Pixels, is_upright_rgb_jpeg, read_pixels
+from pipelines.images.decode import Pixels, is_upright_rgb_jpeg, read_pixels
 
 
 @dataclass(frozen=True, kw_only=True)

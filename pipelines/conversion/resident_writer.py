@@ -19,7 +19,7 @@ import torch
 from pipelines.conversion.encode import Source
 from pipelines.conversion.journal import Journal, Reject, chain, write_manifest, write_rejects
 from pipelines.formats.resident import IMAGES
-from pipelines.images import Pixels, read_pixels, render
+from pipelines.images.decode import Pixels, read_pixels, render
 from pipelines.index import DatasetIndex
 from pipelines.views import Center
 

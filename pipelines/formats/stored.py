@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pipelines.files import fits_in_memory, map_file, path_of, read_file, read_into, will_need
 from pipelines.formats import beton, shards
-from pipelines.images import Encoded, decode
+from pipelines.images.decode import Encoded, decode
 from pipelines.index import DatasetIndex
 from pipelines.views import hash_key
 

@@ -30,12 +30,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines import versions
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
 from pipelines.formats.shards import INDEX
 from pipelines.formats.stored import FileSamples, PackedSamples, StoredSamples, open_shards
 from pipelines.image_folder import index_image_folder, same_classes
-from pipelines.images import Encoded, Pixels, is_plain_jpeg, read_pixels
+from pipelines.images import versions
+from pipelines.images.decode import Encoded, Pixels, is_plain_jpeg, read_pixels
 from pipelines.index import DatasetIndex
 from pipelines.plan import RankPlan
 from pipelines.prefetch import copy_stream

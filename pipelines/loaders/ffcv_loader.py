@@ -1,6 +1,6 @@
 """The FFCV loader: threads that decode and render a memory-mapped .beton, driven by the plan.
 
-The file is FFCV's, and so is its reader; the loop is our own (rendering.py). FFCV's Loader cannot run a plan: it draws its crops itself, hangs when its thread fails,
+The file is FFCV's, and so is its reader; the loop is our own (images/renderer.py). FFCV's Loader cannot run a plan: it draws its crops itself, hangs when its thread fails,
 hands out views of a ring that it overwrites, returns a damaged JPEG as noise, and touches every GPU.
 
 Sets larger than memory: pages of the mapped file belong to the system's page cache, which gives them up
@@ -22,15 +22,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines import versions
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
 from pipelines.files import fits_in_memory
 from pipelines.formats.beton import BetonLayout, index_folder, read_layout
 from pipelines.formats.stored import CHANGED, BetonSamples
 from pipelines.image_folder import same_classes
+from pipelines.images import versions
+from pipelines.images.renderer import Renderer, StoredImages, turbojpeg
 from pipelines.index import DatasetIndex
 from pipelines.plan import RankPlan
-from pipelines.rendering import Renderer, StoredImages, turbojpeg
 
 # Values of a teacher cache's fingerprint: another wording would refuse every cache ever filled.
 FINGERPRINT = {

@@ -2,7 +2,7 @@
 
 Whatever Pillow can open is shown as Pillow shows it (docs of the file formats: see docs/backends.md). EXIF rotation is
 not applied, as in torchvision's ImageFolder. Resizing is torchvision's antialiased bilinear of uint8 tensors. Threads
-and compiled code do it: see rendering.py.
+and compiled code do it: see images/renderer.py.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines import versions
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
 from pipelines.formats.shards import INDEX
 from pipelines.formats.stored import FileSamples, StoredSamples, open_shards
 from pipelines.image_folder import index_image_folder, same_classes
-from pipelines.images import decode
+from pipelines.images import versions
+from pipelines.images.decode import decode
+from pipelines.images.renderer import Renderer, StoredImages
 from pipelines.index import DatasetIndex
 from pipelines.plan import RankPlan
-from pipelines.rendering import Renderer, StoredImages
 
 # Values of a teacher cache's fingerprint: another wording would refuse every cache ever filled. The pixels of
 # Pillow and TurboJPEG are torchvision.io's.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipelines.conversion.sources.samples import Sources, of_classes
 from pipelines.image_folder import name_classes
-from pipelines.images import Pixels
+from pipelines.images.decode import Pixels
 
 
 class _CifarUnpickler(pickle.Unpickler):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.conversion.encode import Source
-from pipelines.images import Pixels
+from pipelines.images.decode import Pixels
 
 Read = Callable[[int], bytes | Pixels]
 

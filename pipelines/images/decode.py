@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from pipelines.resize import resize
+from pipelines.images.resize import resize
 
 Pixels = NDArray[np.uint8]  # [H, W, 3] RGB
 Encoded = NDArray[np.uint8]  # [length] an encoded file

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines import pixel_ops
+from pipelines.augment import pixel_ops
 from pipelines.views import hash_key, uniform
 
 Floats = NDArray[np.float64]

@@ -1,6 +1,6 @@
 """Threads that render batches: read, decode, crop, resize, mirror. What every CPU loader of stored images runs on.
 
-JPEGs go through the compiled kernel (rendering_kernel.py), which holds no GIL: one process, no shared memory, no copies
+JPEGs go through the compiled kernel (renderer_kernel.py), which holds no GIL: one process, no shared memory, no copies
 between processes. What the kernel does not take (PNG, CMYK, damaged files, ...) its source decodes, more slowly, into
 the same bytes as ever; so does everything where TurboJPEG is not installed.
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.base import DecodeError
-from pipelines.images import render
+from pipelines.images.decode import render
 from pipelines.plan import RankPlan
 
 AHEAD = 3  # batches in the making, besides the one in use
@@ -201,7 +201,7 @@ class _Task:
 
 @dataclass
 class _Decoder:
-    """What one thread decodes with: a TurboJPEG handle and scratch memory (see rendering_kernel.render_samples)."""
+    """What one thread decodes with: a TurboJPEG handle and scratch memory (see renderer_kernel.render_samples)."""
 
     handle: int
     pixels: NDArray[np.uint8]
@@ -221,7 +221,7 @@ class _Decoders:
         """Load the library and the kernel, once: where it has never run, this compiles for some seconds."""
         self._library = turbojpeg()
         if self._library is not None and self._kernel is None:
-            from pipelines.rendering_kernel import render_samples
+            from pipelines.images.renderer_kernel import render_samples
 
             self._kernel = render_samples
             self._decompress = ctypes.cast(self._library.tjDecompress2, ctypes.c_void_p).value
