@@ -138,6 +138,7 @@ def main() -> None:
         take(self, *arguments, **named)
 
     TrainStep.__call__ = counted  # type: ignore[method-assign]
+    TrainStep.check = lambda *_: None  # type: ignore[method-assign]  # it looks at a value
     # what follows looks at values, and here nothing computes them
     teacher_modes.check_range = lambda *_: None
     store = TeacherCache._store
