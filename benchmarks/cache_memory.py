@@ -80,7 +80,7 @@ def main() -> int:
                 assert torch.equal(found[:, 0], (ids % 1000).float())
                 most = max(most, own_bytes())
             seconds[name] = time.perf_counter() - begin
-        lines = ["| | rows a second |", "|---|---|"]
+        lines = ["| | rows per second |", "|---|---|"]
         lines += [f"| {name} | {rows / took:,.0f} |" for name, took in seconds.items()]
         lines.append(
             f"\n{rows:,} rows of {arguments.features} features as fp16, {view.stat().st_size / 1e9:.2f} GB; limit "

@@ -2,7 +2,7 @@
 
 Each run is `fastdcd/train.py` with a config of configs/cifar100/ (by default of its fast recipe: all methods share it, and
 one cache for each teacher). When the minutes are over, the run in progress saves a checkpoint and stops; started again,
-everything goes on where it was. Runs live in runs/cifar100/ and are not made twice. Every start writes the
+everything continues where it stopped. Runs live in runs/cifar100/ and are not made twice. Every start writes the
 table of what is finished, with the command of each row. Last comes DCD beside the best of the other losses.
 
     python benchmarks/cifar_pairs.py --only resnet56/resnet20 --minutes 60

@@ -1,4 +1,4 @@
-"""Conversion on the CPU: images a second beside FFCV's own DatasetWriter, and memory at several sizes of the data set.
+"""Conversion on the CPU: images per second beside FFCV's own DatasetWriter, and memory at several sizes of the data set.
 
 Rates: the same photographs in class folders, converted in turns by both with two workers and the settings of
 FFCV's ImageNet recipe (500 px, quality 90, half raw), so that a busy machine slows them alike.

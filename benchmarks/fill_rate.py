@@ -36,10 +36,10 @@ def main() -> int:
     lines = [
         "| | ratio |",
         "|---|---|",
-        f"| fill of one view / bare teacher on decoded batches, rows a second | {record.text(bare)} |",
+        f"| fill of one view / bare teacher on decoded batches, rows per second | {record.text(bare)} |",
     ]
     for count, ratio in results["one_pass_over_passes"].items():
-        lines.append(f"| {count} views: one pass / {count} passes, rows a second | {record.text(ratio)} |")
+        lines.append(f"| {count} views: one pass / {count} passes, rows per second | {record.text(ratio)} |")
     record.write(
         arguments.name, {"config": str(arguments.config), "overrides": arguments.set, **results}, "\n".join(lines)
     )

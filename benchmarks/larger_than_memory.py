@@ -1,4 +1,4 @@
-"""The FFCV loader on a file larger than memory, under several ranks: images a second and memory, random and paged order.
+"""The FFCV loader on a file larger than memory, under several ranks: images per second and memory, random and paged order.
 
 Every rank is a process that decodes its share of an epoch of training crops; the file's pages are dropped before.
 Run it in a memory cgroup smaller than the file, else all of it stays in memory:

@@ -5,7 +5,7 @@
 
 Peers are checkouts of pytorch-image-models (timm), giakoumoglou/distillers and libffcv/ffcv-imagenet, started as
 their authors publish them, by command line alone; benchmarks/run_reference.py says what the second needs beyond that.
-What is compared is images a second of an epoch of training, without its evaluation; each program's first epoch is not
+What is compared is images per second of an epoch of training, without its evaluation; each program's first epoch is not
 counted. A peer that is not given, or that does not run here, is named in the table with its own last words. What a peer
 imports must be installed beside this trainer: for ffcv-imagenet fastargs and torchmetrics.
 """

@@ -86,7 +86,7 @@ def main() -> int:
     ratios = [a / b for a, b in zip(rates["resident"], rates["torch DataLoader"], strict=True)]
     table = "\n".join(
         [
-            "| loader | images a second, as a ratio |",
+            "| loader | images per second, as a ratio |",
             "|---|---|",
             f"| torch DataLoader, PIL, {arguments.workers} workers | 1 |",
             f"| resident | {record.text(record.spread(ratios), 1)} |",

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on bit for bit, in one file that is there whole or not at all."""
+"""Checkpoints: everything a run needs to continue bit for bit, in one file that is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def restore(saved: Saved, module: nn.Module, optimizer: Optimizer, scaler: Any) 
 
 
 def find(folder: Path, resume: str) -> list[Path]:
-    """The checkpoints that train.resume asks for, the newest first; none to start afresh.
+    """The checkpoints that train.resume asks for, the newest first; none to start from scratch.
 
     Raises ValueError if it names no file, or if it is "none" and `folder` already has checkpoints.
     """
@@ -181,7 +181,7 @@ def find(folder: Path, resume: str) -> list[Path]:
     if resume == "none":
         if existing:
             raise ValueError(
-                f"{folder.parent}: a run is there already ({existing[-1].name}); go on with --resume auto, or choose "
+                f"{folder.parent}: already holds a run ({existing[-1].name}); continue it with --resume auto, or choose "
                 "another folder with --set run.dir=..."
             )
         return []
@@ -203,7 +203,7 @@ def read_newest(candidates: list[Path]) -> tuple[Saved, list[str]]:
         except ValueError as error:
             damaged.append(str(error))
     others = f"; so {'is' if len(damaged) == 2 else 'are'} the {len(damaged) - 1} older" if damaged[1:] else ""
-    raise ValueError(f"{damaged[0]}{others}; start anew with --set run.dir=...")
+    raise ValueError(f"{damaged[0]}{others}; start over with --set run.dir=...")
 
 
 def _checkpoints(folder: Path) -> list[Path]:

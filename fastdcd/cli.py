@@ -17,7 +17,7 @@ from fastdcd import launchers
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # all but line breaks
 
 
-def run(main: Callable[[], int], *, again: str = "the same command goes on where this one was") -> NoReturn:
+def run(main: Callable[[], int], *, again: str = "the same command continues where this one stopped") -> NoReturn:
     """Run `main` and exit with what it returns: 0 done, 1 failed, 2 bad usage or input.
 
     ValueError and what the file system refuses are the user's to mend: their message, one line each, goes
@@ -25,7 +25,7 @@ def run(main: Callable[[], int], *, again: str = "the same command goes on where
 
     Args:
         main: the program.
-        again: how to go on after a loss that is nobody's mistake.
+        again: how to continue after a loss that is nobody's mistake.
     """
     program = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):

@@ -21,7 +21,7 @@ from pipelines.files import user_path
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 # ~ is the home folder, $NAME a variable of the environment
 UserPath = Annotated[Path, AfterValidator(user_path)]
-# Bounds that no experiment reaches: a slip of the keyboard is told at once, not when memory is full.
+# Bounds that no experiment reaches: a typing error is reported at once, not when memory is full.
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Pixels = Annotated[int, Field(gt=0, le=2**14)]
@@ -42,7 +42,7 @@ class Data:
     backend: str = "torch"
     """The loader: torch | resident | ffcv | dali, or one that a plugin registered."""
     order: Literal["random", "paged", "sequential"] = "random"
-    """random: a full shuffle an epoch. paged: neighbours on disk stay close, for sets larger than memory."""
+    """random: a full shuffle per epoch. paged: neighbours on disk stay close, for sets larger than memory."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 2
     """Decoding processes or threads of each training process."""
     batch_size: Positive = 256
@@ -290,7 +290,7 @@ class Train:
     """A step whose gradient is not finite is skipped on every process; so many in a row end the run (noticed when
     a line is logged)."""
     timeout: Positive = 1800
-    """Seconds that a process waits for the others before it takes them for lost. Indexing a large folder or
+    """Collective timeout, seconds: how long a process waits for the others before the run fails. Indexing a large folder or
     evaluating a teacher takes place within it."""
     resume: str = "none"
     """none, auto (from the newest checkpoint in run.dir, or from the start), or a checkpoint's path."""
@@ -365,7 +365,7 @@ class Config:
 
     @property
     def view_count(self) -> int:
-        """Distinct views of every image: views.count, or one an epoch."""
+        """Distinct views of every image: views.count, or one per epoch."""
         return self.views.count or self.train.epochs
 
     def student_size(self, epoch: int) -> int:

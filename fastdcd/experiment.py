@@ -44,7 +44,7 @@ from pipelines.views import FAMILIES, ViewFamily
 # `broadcast_buffers` gives them to all at the end of an epoch.
 class _DDPArguments(DistributedDataParallelKwargs):
     def to_kwargs(self) -> dict[str, Any]:
-        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters  # named anew in torch 2.15
+        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters  # renamed in torch 2.15
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         return {**super().to_kwargs(), name: False}
 
@@ -102,7 +102,7 @@ def _stay_near(device: torch.device) -> None:
 
 
 def _rejoin(timeout: timedelta) -> None:
-    """Form the process group of processes that torchrun started anew, before Accelerate does.
+    """Form the process group of processes that torchrun restarted, before Accelerate does.
 
     torchrun keeps its store, in which a process may find the address of one that is gone; keys of their own
     for every attempt prevent it. Only on one machine: torchrun counts attempts for each machine apart.

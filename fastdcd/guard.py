@@ -102,7 +102,7 @@ class GuardedOptimizer:
             raise FloatingPointError(
                 f"{in_a_row:.0f} steps in a row had a gradient that is not finite (train.max_skipped = {self._limit}); "
                 "the weights are as before them. Lower optim.lr, set train.clip, or look at the data and the teacher; "
-                "then go on with --resume auto"
+                "then continue with --resume auto"
             )
 
 

@@ -50,7 +50,7 @@ def reported(text: str) -> bool:
         except OSError:
             return False
         if os.environ.get("TORCHELASTIC_RESTART_COUNT") != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
-            return False  # torchrun starts anew and tells no reason
+            return False  # torchrun restarts and gives no reason
         # In whole seconds; before that of the processes that end because of this one.
         Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time()) - 1}))
         return True

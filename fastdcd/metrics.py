@@ -66,7 +66,7 @@ class RunningMeans:
 
 
 class Stopwatch:
-    """Images a second and the share of time spent waiting for data, and seconds of training in all.
+    """Images per second and the share of time spent waiting for data, and seconds of training in all.
 
     Attributes:
         waited: seconds this process waited for data since the last line.
@@ -106,7 +106,7 @@ class Stopwatch:
 
     def take(self, waits: list[float]) -> dict[str, Any]:
         """images_per_second of all processes and data_wait, the mean of theirs (0..1), since the last call. Of
-        several processes also data_wait_ranks, each one's: a slow one can be told by it.
+        several processes also data_wait_ranks, each one's: it identifies a slow process.
 
         Call it when the device was waited for, with every process's `waited`.
         """

@@ -106,7 +106,7 @@ UNSAID = ("run.dir", "train.resume", "train.max_steps", "data.train")
 
 
 def compare(saved: Saved, config: Config, origin: Mapping[str, str], *, steps_per_epoch: int) -> list[str]:
-    """The changes of a config that a run goes on with, to be told; none of them changes the steps that are done.
+    """The config changes under which a run continues, for printing; none of them changes the steps that are done.
 
     Args:
         saved: what the checkpoint says it was made with.
@@ -114,7 +114,7 @@ def compare(saved: Saved, config: Config, origin: Mapping[str, str], *, steps_pe
         origin: what the data, the views and the teacher are now (`experiment.origin`).
         steps_per_epoch: of the data now.
 
-    Raises ValueError, in one line with both values, for a change that the run cannot go on under exactly.
+    Raises ValueError, in one line with both values, for a change under which the run cannot continue exactly.
     """
     if saved.config is None:
         _check_steps(saved, steps_per_epoch)
@@ -130,7 +130,7 @@ def compare(saved: Saved, config: Config, origin: Mapping[str, str], *, steps_pe
     if refused:
         raise ValueError(
             f"{saved.path}: the steps that are done would have been others under this config ({'; '.join(refused)}); "
-            "resume with what is there, or start anew with --set run.dir=..."
+            "resume with what is there, or start over with --set run.dir=..."
         )
     _check_steps(saved, steps_per_epoch)
     return [f"{key}: {there} before, {now} from here on" for key, there, now in changed if key not in UNSAID]

@@ -47,7 +47,7 @@ def hold(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
 
 def to_resume(folder: Path, resume: str, accelerator: Accelerator) -> Saved | None:
-    """The checkpoint that train.resume asks for; None to start afresh. A damaged one is put aside, and the one before
+    """The checkpoint that train.resume asks for; None to start from scratch. A damaged one is set aside, and the one before
     it taken: it leads to the same weights.
 
     Raises ValueError, on every process, if none can be read, or what was asked for is not there.
@@ -66,7 +66,7 @@ def to_resume(folder: Path, resume: str, accelerator: Accelerator) -> Saved | No
 
     path, damaged = on_first(accelerator, look)
     for message in damaged:
-        accelerator.print(f"{message}; put aside as .damaged, and {path.name if path else ''} taken instead")
+        accelerator.print(f"{message}; set aside as .damaged, and {path.name if path else ''} taken instead")
     if path is None:
         return None
     return read[0] if read else checkpoint.read(path)

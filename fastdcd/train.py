@@ -144,7 +144,7 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
                 if (epoch + 1) % cfg.eval.every == 0 or epoch + 1 == cfg.train.epochs:
                     accuracy, averaged = evaluate_student()
                     if accuracy is None or (module.average is not None and averaged is None):
-                        # asked to stop: evaluated when the run goes on
+                        # asked to stop: evaluated when the run resumes
                         save()
                         break
                     progress = replace(progress, best_top1=max(progress.best_top1, accuracy.top1))
@@ -171,7 +171,7 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
             f"done: top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %; results in {cfg.run.dir}"
         )
     else:
-        accelerator.print(f"stopped at step {progress.step}; everything is saved, go on with --resume auto")
+        accelerator.print(f"stopped at step {progress.step}; everything is saved; continue with --resume auto")
     return summary
 
 
@@ -195,4 +195,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, again="--resume auto goes on from the newest checkpoint in run.dir, if there is one")
+    cli.run(main, again="--resume auto continues from the newest checkpoint in run.dir, if there is one")

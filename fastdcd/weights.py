@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastdcd")
 
-# Counted, not learnt; files of PyTorch before 0.4.1 do not have it, and torch's strict loading does not ask for it.
+# Counted, not learned; files of PyTorch before 0.4.1 do not have it, and torch's strict loading does not ask for it.
 _BATCHES = "num_batches_tracked"
 # What tools add to a state dict: averaging (torch, timm), FLOP counting (thop), tables that Swin computes itself.
 _EXTRA = re.compile(

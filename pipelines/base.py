@@ -85,7 +85,7 @@ class LoaderOptions:
         device: where the training runs; a GPU backend decodes there, others pin their host memory for it.
         classes: class names in label order, for folders (None: sorted folder names).
         index_cache: where the index of an image folder is kept between runs; None: nowhere.
-        on_decode_error: `raise` ends the epoch with a DecodeError. `skip_and_report` goes on: the sample is
+        on_decode_error: `raise` ends the epoch with a DecodeError. `skip_and_report` continues: the sample is
             shown black under its own label and id, a warning names it once, and Loader.undecodable keeps it.
             The batch keeps its rows, so that ranks stay in step and cached teacher rows stay aligned.
         replays: the backend whose batches `replay` repeats; set from its name, as in replay:torch.

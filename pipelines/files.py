@@ -121,7 +121,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 @contextmanager
 def explain_full_disk(place: Path) -> Iterator[None]:
-    """Say of a full disk, in an OSError, what to do: for work that goes on where it was when it is started again."""
+    """Explain a full disk and what to do in an OSError: for work that continues when started again."""
     try:
         yield
     except OSError as error:

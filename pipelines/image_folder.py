@@ -58,7 +58,7 @@ def read_classes(path: Path) -> ClassList:
     if not lines:
         raise ValueError(f"{path}: no class names in it; expected one a line, in label order")
     if twice := [line for line, count in Counter(lines).items() if count > 1]:
-        raise ValueError(f"{path}: the class name {twice[0]!r} stands in it twice")
+        raise ValueError(f"{path}: the class name {twice[0]!r} appears twice")
     classes = ClassList(line.split()[0] for line in lines)
     classes.lines = tuple(lines)
     return classes
@@ -295,7 +295,7 @@ def index_image_folder(
         try:
             index.save(entry)
         except OSError as error:
-            _log.warning("the index of %s is not kept, but made anew every time: %s", root, error)
+            _log.warning("the index of %s is not kept, but rebuilt every time: %s", root, error)
     return index
 
 
@@ -323,7 +323,7 @@ def _kept_index(entry: Path) -> DatasetIndex | None:
     try:
         return DatasetIndex.load(entry) if (entry / "index.json").is_file() else None
     except (OSError, ValueError) as error:
-        _log.warning("a kept index cannot be read and is made anew: %s", error)
+        _log.warning("a kept index cannot be read and is rebuilt: %s", error)
         return None
 
 
@@ -348,7 +348,5 @@ def user_cache() -> Path | None:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdcd" / "indexes"
     except RuntimeError:  # neither HOME nor an entry in the list of users, as in containers
-        _log.warning(
-            "no home folder: indexes are not kept, but made anew every time; $XDG_CACHE_HOME may name one"
-        )
+        _log.warning("no home folder: indexes are not kept, but rebuilt every time; $XDG_CACHE_HOME may name one")
         return None

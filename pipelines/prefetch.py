@@ -25,7 +25,7 @@ def prefetch(
     """Yield (batch, read_cached(batch.ids)), both on `device`, the batch with its planned augmentation done there.
 
     On a GPU a thread runs the loader and the lookup, and copies and augmentation run on a stream of their own, so that
-    none of it stands in a step's way. On the CPU the cores belong to the step, and there is nothing to
+    none of it delays a step. On the CPU the cores belong to the step, and there is nothing to
     copy: batches are made when asked for.
 
     Args:

@@ -253,7 +253,7 @@ def test_a_run_is_not_overwritten(digits: Digits, tmp_path: Path) -> None:
     file = digits.file(tmp_path / "x.yaml", teacher={"mode": "none"}, train={"epochs": 1})
     assert run_program(TRAIN, "--config", file).code == 0
     before = snapshot(tmp_path / "run")
-    fails(TRAIN, "--config", file, says=["a run is there already", "--resume auto"])
+    fails(TRAIN, "--config", file, says=["already holds a run", "--resume auto"])
     other = ["--set", "student.model=cifar:resnet8", "--resume", "auto"]
     fails(TRAIN, "--config", file, *other, says=["student.model", "cifar:resnet8", "there"])
     assert snapshot(tmp_path / "run") == before

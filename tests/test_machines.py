@@ -91,7 +91,7 @@ def test_without_a_home_an_index_is_made_but_not_kept(
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "cache", Path("/proc/cache")):  # neither can be made, even by root
         assert len(index_image_folder(folder, cache=place)) == 3
-        assert "is not kept, but made anew every time" in lines.pop()
+        assert "is not kept, but rebuilt every time" in lines.pop()
 
 
 def test_a_damaged_kept_index_is_made_anew(folder: Path, tmp_path: Path) -> None:

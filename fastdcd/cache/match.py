@@ -72,7 +72,7 @@ def open_cache(config: Config, loader: Loader, family: ViewFamily, teacher: Teac
     if missing:
         raise ValueError(
             f"{cache.path}: {len(missing)} of {config.view_count} views are not complete (first: {missing[0]}); "
-            "go on filling them: python tools/cache_teacher.py fill"
+            "continue the fill: python tools/cache_teacher.py fill"
         )
     if config.cache.check_rows:
         check_live(cache, config, loader, family, teacher)

@@ -8,7 +8,7 @@ On disk a cache is a folder:
     view-000.done.npy          uint8 [rows], 1 where a row is written; while the view is being filled
     view-000.crc32.npy         uint32 [blocks], one for 1024 rows; its presence says that the view is complete
 
-Rows reach the disk before their done marks, so a fill killed at any moment goes on where it was. A view
+Rows reach the disk before their done marks, so a fill killed at any moment continues where it stopped. A view
 is readable once complete. Nothing is pickled.
 """
 
@@ -185,7 +185,7 @@ class TeacherCache:
         if view not in self._reading:
             if not self.complete(view):
                 raise ValueError(
-                    f"{self.path}: view {view} is not complete; go on filling it: tools/cache_teacher.py fill"
+                    f"{self.path}: view {view} is not complete; continue the fill: tools/cache_teacher.py fill"
                 )
             self._reading[view] = _Rows(self._path(view, ""), self._map(view, "r"))
         return self._reading[view]
@@ -246,7 +246,7 @@ class TeacherCache:
 
     @staticmethod
     def lock_for_filling(path: Path) -> Lock:
-        """Take the right to write to a cache, begun or not, until the lock is closed.
+        """Take the right to write to a cache, started or not, until the lock is closed.
 
         Raises ValueError if another process has it.
         """
@@ -291,7 +291,7 @@ class TeacherCache:
     def write(self, view: int, ids: Tensor, features: Tensor) -> None:
         """Store features float32 [n, d] of samples `ids` int64 [n] of a started view; see `flush`.
 
-        Rows from a GPU travel while it goes on working, and a thread stores them: an error of it is raised by a later
+        Rows from a GPU are copied while it keeps working, and a thread stores them: an error of it is raised by a later
         call, or by `flush`.
         """
         rows = self.manifest.codec.encode(features.float())

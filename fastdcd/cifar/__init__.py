@@ -1,6 +1,6 @@
 """Networks for small images, in the forms of the distillation literature.
 
-Layers stand in the order of the code published with CRD (Tian et al. 2020), which that literature trains
+Layers are in the order of the code published with CRD (Tian et al. 2020), which that literature trains
 with: its checkpoints load by order (teacher.checkpoint_by_order).
 """
 

@@ -209,7 +209,7 @@ class DIST(LossTerm):
 
 
 class Feature(LossTerm):
-    """The student's features, through a learnt linear map, against the teacher's: the plain baseline (FitNets).
+    """The student's features, through a learned linear map, against the teacher's: the plain baseline (FitNets).
 
     Attributes:
         projection: linear map from the student's features to the teacher's width.

@@ -32,7 +32,7 @@ def of_student(bench: Bench, index: DatasetIndex, device_peak: int | None, secon
     """A step of the student alone in bf16, with the other order of pixels, and with twice the rows.
 
     They take turns for about `seconds`, without data and without a teacher. One that is far slower is not asked
-    again. A student that is compiled is not asked at all: each setting would be compiled anew.
+    again. A student that is compiled is not tried: each setting would be compiled again.
     """
     config, device = bench.config, bench.accelerator.device
     if config.train.compile:

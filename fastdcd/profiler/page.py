@@ -31,7 +31,7 @@ def page(profile: dict[str, Any]) -> str:
     parts = [
         html_report.tiles(
             {
-                "images a second": f"{profile['images_per_second']:,.0f}",
+                "images per second": f"{profile['images_per_second']:,.0f}",
                 "step": f"{1000 * profile['step']['mean']:.1f} ms",
                 "waiting for data": f"{wait:.0%}",
                 "without data (synthetic)": f"{profile['ceilings']['synthetic']:,.0f}/s",

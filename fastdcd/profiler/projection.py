@@ -14,7 +14,7 @@ from typing import Any
 
 IMAGENET, IMAGENET_VAL = 1_281_167, 50_000
 LAST_BUCKET = 25 * 2**20  # bytes: torch's DistributedDataParallel, bucket_cap_mb
-BANDWIDTH = 25e9  # bytes a second and process: 200 Gbit/s, when it was not measured
+BANDWIDTH = 25e9  # bytes per second and process: 200 Gbit/s, when it was not measured
 
 
 # Images of ImageNet are trained on at 128 px and more; a step on small images says nothing about theirs.

@@ -194,7 +194,7 @@ def run_steps(
 
 
 def _hooks(bench: Bench, clock: Clock) -> Iterator[Any]:
-    """Marks inside the wrapped module. None stands in compiled code: terms are not compiled, the student is."""
+    """Marks inside the wrapped module. None is inside compiled code: terms are not compiled, the student is."""
     waits = "all_reduce" if bench.accelerator.num_processes > 1 else "other"
 
     def entered(module: nn.Module, inputs: Any) -> None:

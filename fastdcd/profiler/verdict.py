@@ -23,7 +23,7 @@ class Advice:
         text: in words.
         settings: config keys, as --set takes them.
         command: to run before, or instead; "" if none.
-        gain: times the images a second that it gives, from measured stages; None if that was not measured.
+        gain: factor on images per second that it gives, from measured stages; None if that was not measured.
     """
 
     text: str

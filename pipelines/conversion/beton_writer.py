@@ -30,7 +30,7 @@ class BetonRecord:
         name, label: as in Source.
         height, width: of the stored image.
         mode: 0 JPEG, 1 raw pixels.
-        payload: uint8 [n], what stands in the file.
+        payload: uint8 [n], the bytes in the file.
     """
 
     name: str
@@ -76,7 +76,7 @@ def encode_record(source: Source, position: int, storage: Storage) -> BetonRecor
 
 
 class BetonWriter:
-    """Writes a .beton part by part, in order; a new writer on the same path goes on after the last part.
+    """Writes a .beton part by part, in order; a new writer on the same path continues after the last part.
 
     While it runs, the file is a hidden .NAME.partial beside the final one, with a .NAME.journal that names
     the parts safely on disk. Memory does not grow with the data set until `finish`.

@@ -1,7 +1,7 @@
 """How a source image becomes a stored one: decoded, shrunk, encoded. The same for every file format.
 
 Odd files are settled here once, the way the torch loader reads originals: CMYK, grayscale and palette
-images become RGB, transparency is dropped, a file's type is told by its bytes and not by its name, and an
+images become RGB, transparency is dropped, a file's type is decided by its bytes, not its name, and an
 EXIF rotation is not applied (torchvision's ImageFolder does not apply it either).
 """
 

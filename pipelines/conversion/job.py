@@ -199,7 +199,7 @@ class _Writer(Protocol[R]):  # type: ignore[misc]
 
 
 def to_beton(job: Job, storage: Storage) -> DatasetIndex:
-    """Convert to a .beton. Killed at any moment, it goes on where it was when started again.
+    """Convert to a .beton. Killed at any moment, it continues where it stopped when started again.
 
     Raises:
         ValueError: something else is there, or not one sample can be stored.
@@ -363,5 +363,5 @@ def _split(
 
 
 def _bar(job: Job, total: int, done: int) -> tqdm[Any]:
-    """Images a second and time left; nothing when not on a terminal."""
+    """Images per second and time left; nothing when not on a terminal."""
     return tqdm(desc=f"convert {job.out.name}", total=total, initial=done, unit=" images", disable=None)

@@ -45,12 +45,12 @@ class Journal:
     """The parts of a conversion that are done. Append a part only after its data is on disk."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, fresh: bool) -> None:
-        """Start a journal, or go on with the one that is there.
+        """Start a journal, or continue the existing one.
 
         Args:
             path: the journal.
-            settings: of the conversion, JSON values; must equal those of a journal that is gone on with.
-            fresh: start anew even if there is one: its data is gone.
+            settings: of the conversion, JSON values; must equal those of a journal that is continued.
+            fresh: start over even if there is one: its data is gone.
 
         Raises ValueError if the journal there is of other settings.
         """

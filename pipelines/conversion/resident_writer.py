@@ -1,6 +1,6 @@
 """Writing a resident dataset: images.npy, uint8 [N, H, W, 3], and its index.
 
-Images are appended in order, with a journal, so that a conversion that is killed goes on where it was.
+Images are appended in order, with a journal, so that a killed conversion continues where it stopped.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def encode_record(source: Source, position: int, size: int | None) -> ResidentRe
 
 
 class ResidentWriter:
-    """Writes a resident dataset part by part, in order; a new writer on the same folder goes on after the last."""
+    """Writes a resident dataset part by part, in order; a new writer on the same folder continues after the last."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         """Start or resume. Raises ValueError if an unfinished conversion with other `settings` is there."""
@@ -133,7 +133,7 @@ class ResidentWriter:
             checksums=np.array(checksums, np.uint32),
         )
         rejected = write_rejects(self._folder, self.rejects())
-        # the journal stays until the end: with it, but without its data, a crash from here on starts anew
+        # the journal stays until the end: with it, but without its data, a crash from here on starts over
         self._partial.replace(self._folder / IMAGES)
         shape = {"height": height, "width": width}
         index.save(self._folder)

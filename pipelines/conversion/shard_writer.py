@@ -147,7 +147,7 @@ class _About(Record):
 
 
 def finish_shards(folder: Path, classes: Sequence[str]) -> DatasetIndex:
-    """Index the shards of `folder` from what stands in them; ids follow shard number and place in the shard.
+    """Index the shards of `folder` from their contents; ids follow shard number and place in the shard.
 
     Raises ValueError if there are none, or one lacks its .idx or is not as that says.
     """

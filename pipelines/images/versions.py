@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def installed(*names: str) -> dict[str, str]:
-    """Version by name of packages, told by the beginning of their names: nvidia-nvjpeg is also nvidia-nvjpeg-cu12.
+    """Version by name of packages, matched by the beginning of their names: nvidia-nvjpeg is also nvidia-nvjpeg-cu12.
 
     What is not installed is left out. A build (`+cu130`) is no part of the version.
     """

@@ -263,7 +263,7 @@ class DALILoader(Loader):
             raise DecodeError(
                 sample_id,
                 name,
-                f"{found} when the index was made: it has been replaced; a new start makes it anew",
+                f"{found} when the index was made: it has been replaced; start again to rebuild it",
             )
         return pixels
 

@@ -119,6 +119,6 @@ class _Images:
                 sample_id,
                 name,
                 f"it is {image.shape[1]}x{image.shape[2]} pixels now and was {stored[0]}x{stored[1]} when the "
-                "index was made: it has been replaced; a new start makes the index anew",
+                "index was made: it has been replaced; start again to rebuild the index",
             )
         return image

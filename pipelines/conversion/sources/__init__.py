@@ -6,7 +6,7 @@
     parquet         Hugging Face's parquet files
     cifar           cifar-100-python.tar.gz/train, as torchvision downloads it
 
-What it is, is told by looking. A path may go on inside an archive (data.zip/imagenet/train), and a pattern chooses
+Layouts are recognised by looking. A path may continue inside an archive (data.zip/imagenet/train), and a pattern chooses
 among files (data/train-*.tar, data/train-{0000..0099}.tar). Whatever the kind, the same images in the same classes
 give the same samples in the same order. Reading is stateless (pread), so worker processes share it.
 """

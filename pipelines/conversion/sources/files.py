@@ -1,6 +1,6 @@
 """The files of a source, in a folder or in archives that are read in place: their names, and readers of their bytes.
 
-What a layout looks like is told by the names alone, so each layout is written once for all of these.
+Layouts are recognised by names alone, so each layout is written once for all of these.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ _META = "data/meta.mat"
 
 
 def open_flat(files: Files, classes: Sequence[str] | None) -> Sources | None:
-    """Images of one folder whose classes stand in their names or in a table; None if these are no such images.
+    """Images of one folder whose classes are in their names or in a table; None if these are no such images.
 
     Raises ValueError for ImageNet's validation images without a table, and for its test images: they have no labels.
     """
@@ -52,7 +52,9 @@ def open_flat(files: Files, classes: Sequence[str] | None) -> Sources | None:
     table, note = _validation_classes(files)
     missing = [stem for stem in stems if stem not in table]
     if missing:
-        raise ValueError(f"{files.path}: {missing[0]} ({len(missing):,} such) is not in {note}; get both anew")
+        raise ValueError(
+            f"{files.path}: {missing[0]} ({len(missing):,} such) is not in {note}; download both again"
+        )
     return _labelled(files, images, [table[stem] for stem in stems], classes, f"classes from {note}")
 
 
@@ -83,7 +85,7 @@ def _solution(files: Files) -> Mapping[str, str] | None:
         try:
             return {row[0]: row[1].split()[0] for row in rows if len(row) > 1 and row[1].strip()}
         except csv.Error as error:
-            raise ValueError(f"{place.path}/{name}: not a table ({error}); get it anew") from None
+            raise ValueError(f"{place.path}/{name}: not a table ({error}); download it again") from None
     return None
 
 
@@ -101,7 +103,7 @@ def _devkit(files: Files) -> Mapping[str, str] | None:
             return {f"ILSVRC2012_val_{at:08d}": wnid_of[number] for at, number in enumerate(numbers, 1)}
         except (ValueError, KeyError) as error:
             raise ValueError(
-                f"{place.path}/{name}: its ground truth is not ImageNet's ({error}); get it anew"
+                f"{place.path}/{name}: its ground truth is not ImageNet's ({error}); download it again"
             ) from None
     return None
 
@@ -115,7 +117,7 @@ def _from_devkit(place: Files, name: str, packed: bytes, wanted: str) -> bytes:
                 raise KeyError(wanted)
             return file.read()
     except (tarfile.TarError, KeyError, EOFError, OSError) as error:
-        raise ValueError(f"{place.path}/{name}: no {wanted} in it ({error}); get it anew") from None
+        raise ValueError(f"{place.path}/{name}: no {wanted} in it ({error}); download it again") from None
 
 
 def _read_meta(where: str, data: bytes) -> dict[int, str]:
@@ -128,7 +130,7 @@ def _read_meta(where: str, data: bytes) -> dict[int, str]:
         rows = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows if int(row["num_children"]) == 0}
     except Exception as error:  # of a damaged file, anything
-        raise ValueError(f"{where}: its meta.mat cannot be read ({error}); get it anew") from None
+        raise ValueError(f"{where}: its meta.mat cannot be read ({error}); download it again") from None
 
 
 def open_tiny_imagenet(files: Files, classes: Sequence[str] | None) -> Sources | None:

@@ -67,7 +67,7 @@ def open_parquet(path: Path, files: Sequence[Path], classes: Sequence[str] | Non
                 )
             first = columns
             wanted = [columns.label] + ([columns.path] if columns.path else [])
-            with _named(f"{file}: damaged or cut off", "; get it anew"):
+            with _named(f"{file}: damaged or cut off", "; download it again"):
                 table = reader.read(columns=wanted, use_threads=False)
                 found = table.column(columns.label).to_pylist()
                 paths = table.column(columns.image).combine_chunks() if columns.path else None
@@ -92,7 +92,7 @@ def open_parquet(path: Path, files: Sequence[Path], classes: Sequence[str] | Non
 
 
 def _open(parquet: ModuleType, file: Path) -> Any:
-    with _named(f"{file}: not a whole parquet file", "; get it anew"):
+    with _named(f"{file}: not a whole parquet file", "; download it again"):
         return parquet.ParquetFile(file, memory_map=True)
 
 

@@ -33,7 +33,7 @@ class _Sample(NamedTuple):
 
 
 def looks_like_web_dataset(members: Sequence[Member]) -> bool:
-    """Whether some file of a class stands beside an image of the same key."""
+    """Whether some class file has the same key as an image."""
     labelled = {
         member.name.rpartition(".")[0] for member in members if member.name.endswith((".cls", ".json", ".txt"))
     }
