@@ -63,7 +63,7 @@ class Saved:
 
 
 def save(
-    config: Config,
+    cfg: Config,
     origin: Mapping[str, str],
     progress: Progress,
     module: nn.Module,
@@ -76,13 +76,13 @@ def save(
     """
     if not accelerator.is_main_process:
         return
-    assert config.run.dir is not None
-    folder, scaler = config.run.dir / "checkpoints", accelerator.scaler
+    assert cfg.run.dir is not None
+    folder, scaler = cfg.run.dir / "checkpoints", accelerator.scaler
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{progress.step:09d}.pt"
     state = {
         "progress": asdict(progress),
-        "config": config_file.dump(config),
+        "config": config_file.dump(cfg),
         "origin": dict(origin),
         "module": module.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -96,7 +96,7 @@ def save(
             torch.save(state, file)
         except RuntimeError as error:  # what it makes of a write that failed
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-    for old in _checkpoints(folder)[: -config.train.keep_checkpoints]:
+    for old in _checkpoints(folder)[: -cfg.train.keep_checkpoints]:
         old.unlink()
 
 

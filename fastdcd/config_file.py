@@ -152,9 +152,9 @@ def parse_as(kind: type[Kind], tree: Mapping[str, Any], source: str) -> Kind:
         raise ValueError("\n".join(f"{source}: {_explain(each, kind)}" for each in error.errors())) from None
 
 
-def dump(config: Config) -> str:
+def dump(cfg: Config) -> str:
     """The complete configuration as YAML: what a run stores, and what `load` and `loads` read again."""
-    tree = json.loads(TypeAdapter(type(config)).dump_json(config))
+    tree = json.loads(TypeAdapter(type(cfg)).dump_json(cfg))
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 

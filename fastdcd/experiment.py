@@ -55,31 +55,31 @@ _DDP = _DDPArguments(gradient_as_bucket_view=True)
 PCI = Path("/sys/bus/pci/devices")  # what Linux says of each
 
 
-def make_accelerator(config: Config) -> Accelerator:
+def make_accelerator(cfg: Config) -> Accelerator:
     """Accelerate, set up for a config; seeds torch's generators (run.seed)."""
-    device = config.data.device
+    device = cfg.data.device
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"data.device: got {device!r}, expected auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("data.device: got cuda, but torch finds no GPU; set data.device=cpu or auto")
-    precision = "no" if config.train.precision == "fp32" else config.train.precision
+    precision = "no" if cfg.train.precision == "fp32" else cfg.train.precision
     if precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
         raise ValueError("train.precision: fp16 needs a GPU (its gradients are scaled there); use bf16 or fp32")
-    torch.backends.cudnn.allow_tf32 = config.train.tf32
+    torch.backends.cudnn.allow_tf32 = cfg.train.tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # every epoch has images of one size, and so one choice of algorithms
-    trackers.check(config.run.trackers)
-    timeout = timedelta(seconds=config.train.timeout)
+    trackers.check(cfg.run.trackers)
+    timeout = timedelta(seconds=cfg.train.timeout)
     _rejoin(timeout)
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=precision,
-        log_with=list(config.run.trackers) or None,
-        project_dir=config.run.dir,
+        log_with=list(cfg.run.trackers) or None,
+        project_dir=cfg.run.dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
     accelerator.ddp_handler = _DDP  # Accelerate takes no subclass as a handler
-    set_seed(config.run.seed)
+    set_seed(cfg.run.seed)
     _stay_near(accelerator.device)
     return accelerator
 
@@ -115,21 +115,21 @@ def _rejoin(timeout: timedelta) -> None:
     dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def open_data(config: Config, accelerator: Accelerator) -> tuple[Loader, Loader]:
+def open_data(cfg: Config, accelerator: Accelerator) -> tuple[Loader, Loader]:
     """The training and validation loaders. Raises ValueError if they cannot be read or their classes differ."""
     with accelerator.main_process_first():  # the first process indexes, the others find the index
-        caches = config.teacher.mode in ("cached", "fill")
-        train = open_set(config.data, config.data.train, accelerator.device, "data.train", repeatable=caches)
-        val = open_set(config.data, config.data.val, accelerator.device, "data.val")
+        caches = cfg.teacher.mode in ("cached", "fill")
+        train = open_set(cfg.data, cfg.data.train, accelerator.device, "data.train", repeatable=caches)
+        val = open_set(cfg.data, cfg.data.val, accelerator.device, "data.val")
     if train.index.classes != val.index.classes:
         ours, theirs = set(train.index.classes), set(val.index.classes)
         raise ValueError(
-            f"data.val: {config.data.val} has {len(theirs)} classes and data.train {len(ours)}; "
+            f"data.val: {cfg.data.val} has {len(theirs)} classes and data.train {len(ours)}; "
             f"not in both: {sorted(ours ^ theirs)[:3]} (data.classes names the classes of folders)"
         )
-    classes = config.student.classes
+    classes = cfg.student.classes
     if classes is not None and classes != len(train.index.classes):
-        raise ValueError(f"student.classes: got {classes}, but {config.data.train} has {len(train.index.classes)}")
+        raise ValueError(f"student.classes: got {classes}, but {cfg.data.train} has {len(train.index.classes)}")
     return train, val
 
 
@@ -151,9 +151,9 @@ def open_set(section: Data, path: Path, device: torch.device, key: str, *, repea
         raise ValueError(f"{whose}{error}") from None
 
 
-def view_family(config: Config) -> ViewFamily:
+def view_family(cfg: Config) -> ViewFamily:
     """The view family of training."""
-    section = config.views
+    section = cfg.views
     family = FAMILIES[section.family]
     wanted = {each.name for each in fields(family)}  # type: ignore[arg-type]
     settings = {name: getattr(section, name) for name in ("scale", "ratio", "padding", "crop_ratio", "flip")}
@@ -163,14 +163,14 @@ def view_family(config: Config) -> ViewFamily:
         raise ValueError(f"views.{error}") from None
 
 
-def epoch_plan(config: Config, loader: Loader, family: ViewFamily, epoch: int) -> EpochPlan:
+def epoch_plan(cfg: Config, loader: Loader, family: ViewFamily, epoch: int) -> EpochPlan:
     """What an epoch of training shows, in which order."""
-    views, view = config.views, epoch % config.view_count
+    views, view = cfg.views, epoch % cfg.view_count
     shuffled = epoch_order(
         len(loader.index),
-        seed=config.run.seed,
+        seed=cfg.run.seed,
         epoch=epoch,
-        kind=config.data.order,
+        kind=cfg.data.order,
         augment=views.augment,
         view_seed=views.seed,
         view=view,
@@ -181,7 +181,7 @@ def epoch_plan(config: Config, loader: Loader, family: ViewFamily, epoch: int) -
         view_seed=views.seed,
         view=view,
         order=shuffled,
-        batch_size=config.data.batch_size,
+        batch_size=cfg.data.batch_size,
         augment=views.augment,
     )
 
@@ -201,23 +201,21 @@ def steps_per_epoch(cfg: Config, index: DatasetIndex) -> int:
 
 
 def build_teacher(
-    config: Config, classes: int, accelerator: Accelerator, *, processes: int | None = None
+    cfg: Config, classes: int, accelerator: Accelerator, *, processes: int | None = None
 ) -> Teacher | None:
     """The teacher, or None. One forward pass takes one process's share of a batch."""
-    if config.teacher.mode == "none":
+    if cfg.teacher.mode == "none":
         return None
-    rows = -(-config.data.batch_size // (processes or accelerator.num_processes))
-    published = any(checkpoint and pretrained.is_published(checkpoint) for _, checkpoint in config.teacher.members)
+    rows = -(-cfg.data.batch_size // (processes or accelerator.num_processes))
+    published = any(checkpoint and pretrained.is_published(checkpoint) for _, checkpoint in cfg.teacher.members)
     with accelerator.local_main_process_first() if published else nullcontext():  # one of a machine's fetches them
-        return load_teacher(config, classes=classes, rows=rows, device=accelerator.device, say=accelerator.print)
+        return load_teacher(cfg, classes=classes, rows=rows, device=accelerator.device, say=accelerator.print)
 
 
-def build_student(
-    config: Config, classes: int, teacher: Teacher | None, accelerator: Accelerator
-) -> DistillModule:
+def build_student(cfg: Config, classes: int, teacher: Teacher | None, accelerator: Accelerator) -> DistillModule:
     """The module to train, with fresh weights of run.seed or those of student.checkpoint."""
-    section = config.student
-    sizes = {config.student_size(epoch) for epoch in range(config.train.epochs)} | {config.eval_size}
+    section = cfg.student
+    sizes = {cfg.student_size(epoch) for epoch in range(cfg.train.epochs)} | {cfg.eval_size}
     student = models.build(section.model, classes=classes, sizes=sorted(sizes))
     models.check_sizes(student, section.model, sizes, "student.image_size")
     if (checkpoint := section.checkpoint) is not None:
@@ -233,13 +231,13 @@ def build_student(
     module: nn.Module = DistillModule(
         student,
         normalize,
-        config.loss,
+        cfg.loss,
         teacher_dim=teacher_dim,
         teacher_classes=teacher.classes if teacher else None,
     )
-    if config.train.ema:
+    if cfg.train.ema:
         assert isinstance(module, DistillModule)
-        module.start_average(config.train.ema)
+        module.start_average(cfg.train.ema)
     if section.sync_bn and accelerator.num_processes > 1:
         if accelerator.device.type == "cpu":
             raise ValueError("student.sync_bn: got true, but torch has it on GPUs only; set it false or use GPUs")
@@ -248,8 +246,8 @@ def build_student(
     module.to(accelerator.device)
     if section.channels_last:
         module.to(memory_format=torch.channels_last)
-    if config.train.compile:
-        mode = None if config.train.compile is True else config.train.compile
+    if cfg.train.compile:
+        mode = None if cfg.train.compile is True else cfg.train.compile
         module.student.compile(dynamic=False, mode=mode)  # in place: names in checkpoints stay the same
     return module
 
@@ -264,19 +262,19 @@ def image_sizes(student: int, teacher: int | None) -> tuple[int, ...]:
     return (student,) if teacher in (None, student) else (student, teacher)
 
 
-def write_config(config: Config, accelerator: Accelerator) -> None:
+def write_config(cfg: Config, accelerator: Accelerator) -> None:
     """Make the run's folder, with the complete config in it, and start the trackers."""
-    assert config.run.dir is not None
+    assert cfg.run.dir is not None
     if accelerator.is_main_process:
-        config.run.dir.mkdir(parents=True, exist_ok=True)
-        with replace_file(config.run.dir / "config.yaml") as file:
-            file.write(dump(config).encode())
+        cfg.run.dir.mkdir(parents=True, exist_ok=True)
+        with replace_file(cfg.run.dir / "config.yaml") as file:
+            file.write(dump(cfg).encode())
     accelerator.wait_for_everyone()
-    trackers.start(accelerator, "trackers", config.run.dir)
+    trackers.start(accelerator, "trackers", cfg.run.dir)
 
 
 def write_results(
-    config: Config,
+    cfg: Config,
     accelerator: Accelerator,
     module: DistillModule,
     progress: Progress,
@@ -288,7 +286,7 @@ def write_results(
 ) -> dict[str, Any]:
     """Write summary.json; if the run is finished student.safetensors, student-ema.safetensors if there is a moving
     average, and export/, the student as timm loads it, for classes named `labels`. Returns the summary."""
-    assert config.run.dir is not None
+    assert cfg.run.dir is not None
     summary = {
         "finished": finished,
         **asdict(progress),
@@ -301,10 +299,10 @@ def write_results(
     if accelerator.is_main_process:
         if finished:
             student = module.student.original_state_dict()
-            weights.save(config.run.dir / "student.safetensors", student)
-            export.write_folder(config.run.dir / "export", export.describe(config, labels), student)
+            weights.save(cfg.run.dir / "student.safetensors", student)
+            export.write_folder(cfg.run.dir / "export", export.describe(cfg, labels), student)
             if module.average is not None:
                 averaged = module.average.network.original_state_dict()
-                weights.save(config.run.dir / "student-ema.safetensors", averaged)
-        write_json(config.run.dir / "summary.json", summary)
+                weights.save(cfg.run.dir / "student-ema.safetensors", averaged)
+        write_json(cfg.run.dir / "summary.json", summary)
     return summary

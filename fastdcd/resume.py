@@ -44,14 +44,14 @@ def _rates(past: _Past) -> bool:
     steps = past.progress.step
     some = range(0, steps, max(1, steps // _MOST_RATES))
 
-    def rates(config: Config) -> list[float]:
+    def rates(cfg: Config) -> list[float]:
         return [
             learning_rate(
                 step,
                 past.steps_per_epoch,
-                epochs=config.train.epochs,
-                schedule=config.schedule,
-                peak=config.optim.lr,
+                epochs=cfg.train.epochs,
+                schedule=cfg.schedule,
+                peak=cfg.optim.lr,
             )
             for step in (*some, *range(max(steps - 1, 0), steps))
         ]
@@ -105,7 +105,7 @@ RULES: dict[str, Callable[[_Past], bool]] = {
 UNSAID = ("run.dir", "train.resume", "train.max_steps", "data.train")
 
 
-def compare(saved: Saved, config: Config, origin: Mapping[str, str], *, steps_per_epoch: int) -> list[str]:
+def compare(saved: Saved, cfg: Config, origin: Mapping[str, str], *, steps_per_epoch: int) -> list[str]:
     """The config changes under which a run continues, for printing; none of them changes the steps that are done.
 
     Args:
@@ -119,11 +119,11 @@ def compare(saved: Saved, config: Config, origin: Mapping[str, str], *, steps_pe
     if saved.config is None:
         _check_steps(saved, steps_per_epoch)
         return ["the checkpoint is of another version of fastdcd: the config it was made with is not compared"]
-    past = _Past(there=saved.config, now=config, progress=saved.progress, steps_per_epoch=steps_per_epoch)
-    changed = list(_changes(saved.config, config))
+    past = _Past(there=saved.config, now=cfg, progress=saved.progress, steps_per_epoch=steps_per_epoch)
+    changed = list(_changes(saved.config, cfg))
     refused = [f"{key} {there} there, {now} now" for key, there, now in changed if not _rule(key)(past)]
     refused += [
-        f"{_name(key, config)} {saved.origin[key]} there, {now} now"
+        f"{_name(key, cfg)} {saved.origin[key]} there, {now} now"
         for key, now in origin.items()
         if saved.origin.get(key, now) != now
     ]
@@ -148,10 +148,10 @@ def _rule(key: str) -> Callable[[_Past], bool]:
     return RULES.get(key) or RULES.get(key.partition(".")[0]) or (lambda past: False)
 
 
-def _name(fact: str, config: Config) -> str:
+def _name(fact: str, cfg: Config) -> str:
     """The config's key for a fact."""
     if fact == "data.index":
-        return f"the digest of names, labels and sizes in data.train ({config.data.train})"
+        return f"the digest of names, labels and sizes in data.train ({cfg.data.train})"
     return fact.replace("loader.", "data.backend: ")
 
 
@@ -163,8 +163,8 @@ def _changes(there: Config, now: Config) -> Iterator[tuple[str, str, str]]:
             yield key, _short(before.get(key)), _short(value)
 
 
-def _flat(config: Config) -> dict[str, Any]:
-    tree = json.loads(TypeAdapter(type(config)).dump_json(config))
+def _flat(cfg: Config) -> dict[str, Any]:
+    tree = json.loads(TypeAdapter(type(cfg)).dump_json(cfg))
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat |= (

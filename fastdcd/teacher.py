@@ -110,12 +110,12 @@ def _joint_classifier(layers: Sequence[nn.Linear]) -> nn.Linear:
 
 
 def load_teacher(
-    config: Config, *, classes: int, rows: int, device: torch.device, say: Callable[[str], object] = print
+    cfg: Config, *, classes: int, rows: int, device: torch.device, say: Callable[[str], object] = print
 ) -> Teacher:
     """Build the teacher of a config with its checkpoint.
 
     Args:
-        config: its teacher section must name a model.
+        cfg: its teacher section must name a model.
         classes: of the dataset; the teacher must have as many.
         rows: images of one forward pass.
         device: where it runs.
@@ -123,7 +123,7 @@ def load_teacher(
 
     Raises ValueError: no checkpoint, unknown model, or a checkpoint of another network or label count.
     """
-    section = config.teacher
+    section = cfg.teacher
     assert section.model is not None
     members = []
     for model, checkpoint in section.members:
@@ -139,8 +139,8 @@ def load_teacher(
                 f"teacher.checkpoint: {checkpoint}: no such file; train the teacher first "
                 f"({_HOW_TO_TRAIN.format(model=model)}), or take published weights (teacher.checkpoint=pretrained)"
             )
-        network = models.build(model, classes=classes if section.classifier else 0, sizes=[config.teacher_size])
-        models.check_sizes(network, model, [config.teacher_size], "teacher.image_size")
+        network = models.build(model, classes=classes if section.classifier else 0, sizes=[cfg.teacher_size])
+        models.check_sizes(network, model, [cfg.teacher_size], "teacher.image_size")
         try:
             weights.load_into(network, checkpoint, what="teacher", by_order=section.checkpoint_by_order)
         except ValueError as error:
@@ -150,7 +150,7 @@ def load_teacher(
             member.compile()  # in place: the names of its weights, and so its digest, stay the same
         members.append(member)
     name = " + ".join(model for model, _ in section.members)
-    teacher = Teacher(members, size=config.teacher_size, rows=rows, precision=section.precision, name=name)
+    teacher = Teacher(members, size=cfg.teacher_size, rows=rows, precision=section.precision, name=name)
     teacher.to(memory_format=torch.channels_last)
     return teacher.to(device)
 

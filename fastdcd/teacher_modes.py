@@ -262,38 +262,38 @@ Build = Callable[[Config, Loader, ViewFamily, Teacher, Accelerator], TeacherMode
 
 
 def _online(
-    config: Config, loader: Loader, family: ViewFamily, teacher: Teacher, accelerator: Accelerator
+    cfg: Config, loader: Loader, family: ViewFamily, teacher: Teacher, accelerator: Accelerator
 ) -> TeacherMode:
     return OnlineTeacher(teacher)
 
 
 def _cached(
-    config: Config, loader: Loader, family: ViewFamily, teacher: Teacher, accelerator: Accelerator
+    cfg: Config, loader: Loader, family: ViewFamily, teacher: Teacher, accelerator: Accelerator
 ) -> TeacherMode:
-    cache = open_cache(config, loader, family, teacher)
+    cache = open_cache(cfg, loader, family, teacher)
     return CachedTeacher(
-        cache, config.view_count, accelerator.device, where=config.cache.device, verify=config.cache.verify
+        cache, cfg.view_count, accelerator.device, where=cfg.cache.device, verify=cfg.cache.verify
     )
 
 
 def _fill(
-    config: Config, loader: Loader, family: ViewFamily, teacher: Teacher, accelerator: Accelerator
+    cfg: Config, loader: Loader, family: ViewFamily, teacher: Teacher, accelerator: Accelerator
 ) -> TeacherMode:
-    assert config.cache.path is not None
-    manifest = expected_manifest(config, loader, family, teacher)
-    check_range(config, loader, family, teacher)
+    assert cfg.cache.path is not None
+    manifest = expected_manifest(cfg, loader, family, teacher)
+    check_range(cfg, loader, family, teacher)
     lock = None
     if accelerator.is_main_process:
-        lock = TeacherCache.begin_filling(config.cache.path, manifest, teacher.classifier)
+        lock = TeacherCache.begin_filling(cfg.cache.path, manifest, teacher.classifier)
     accelerator.wait_for_everyone()
-    cache = TeacherCache.open(config.cache.path)
+    cache = TeacherCache.open(cfg.cache.path)
     return FillingTeacher(
         cache,
-        config.view_count,
+        cfg.view_count,
         teacher,
         accelerator,
-        where=config.cache.device,
-        verify=config.cache.verify,
+        where=cfg.cache.device,
+        verify=cfg.cache.verify,
         lock=lock,
     )
 
@@ -302,7 +302,7 @@ MODES: dict[str, Build] = {"online": _online, "cached": _cached, "fill": _fill}
 
 
 def open_mode(
-    config: Config, loader: Loader, family: ViewFamily, teacher: Teacher | None, accelerator: Accelerator
+    cfg: Config, loader: Loader, family: ViewFamily, teacher: Teacher | None, accelerator: Accelerator
 ) -> TeacherMode:
     """The teacher mode a config asks for, over the training set `loader`.
 
@@ -310,4 +310,4 @@ def open_mode(
     """
     if teacher is None:
         return NoTeacher()
-    return MODES[config.teacher.mode](config, loader, family, teacher, accelerator)
+    return MODES[cfg.teacher.mode](cfg, loader, family, teacher, accelerator)

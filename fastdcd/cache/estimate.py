@@ -22,17 +22,17 @@ def estimate(parts: Parts, *, seconds: float = 5.0) -> dict[str, Any]:
 
     Returns bytes, rates (images/s) and seconds; see `tools/cache_teacher.py estimate`.
     """
-    config, manifest = parts.config, parts.manifest
+    cfg, manifest = parts.cfg, parts.manifest
     accelerator = parts.accelerator
-    rows, epochs, views = manifest.rows, config.train.epochs, manifest.views
-    size = config.student_size(0)
-    batch = config.data.batch_size
+    rows, epochs, views = manifest.rows, cfg.train.epochs, manifest.views
+    size = cfg.student_size(0)
+    batch = cfg.data.batch_size
     images = torch.randint(0, 256, (batch, 3, parts.teacher.size, parts.teacher.size), dtype=torch.uint8)
     images = images.to(accelerator.device)
     teacher_step = _median_seconds(lambda: parts.teacher.features(images), seconds, accelerator)
 
-    module = experiment.build_student(config, len(parts.loader.index.classes), parts.teacher, accelerator)
-    train_step = TrainStep(config, module, accelerator, steps_per_epoch=-(-rows // batch))
+    module = experiment.build_student(cfg, len(parts.loader.index.classes), parts.teacher, accelerator)
+    train_step = TrainStep(cfg, module, accelerator, steps_per_epoch=-(-rows // batch))
     train_step.wrapped.train()
     student_images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=accelerator.device)
     labels = torch.randint(0, len(parts.loader.index.classes), (batch,), device=accelerator.device)
@@ -45,7 +45,7 @@ def estimate(parts: Parts, *, seconds: float = 5.0) -> dict[str, Any]:
     cached_step = _median_seconds(step, seconds, accelerator)
     fill_seconds = views * rows / batch * teacher_step
     saved = epochs * rows / batch * teacher_step  # of one run
-    path = config.cache.path
+    path = cfg.cache.path
     assert path is not None
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     return {

@@ -33,7 +33,7 @@ FLUSH_SECONDS = 5.0
 class Parts:
     """What a fill works with."""
 
-    config: Config
+    cfg: Config
     accelerator: Accelerator
     loader: Loader
     family: ViewFamily
@@ -41,26 +41,24 @@ class Parts:
 
     @property
     def manifest(self) -> Manifest:
-        return expected_manifest(self.config, self.loader, self.family, self.teacher)
+        return expected_manifest(self.cfg, self.loader, self.family, self.teacher)
 
 
-def open_parts(config: Config) -> Parts:
+def open_parts(cfg: Config) -> Parts:
     """Open the training set and the teacher of a config.
 
     Raises ValueError if it names no teacher or cache, or any of them cannot be opened.
     """
-    if config.teacher.mode == "none" or config.cache.path is None:
+    if cfg.teacher.mode == "none" or cfg.cache.path is None:
         raise ValueError("teacher.mode and cache.path must be set to fill a cache; set both in the config")
-    accelerator = experiment.make_accelerator(config)
+    accelerator = experiment.make_accelerator(cfg)
     with accelerator.main_process_first():
-        loader = experiment.open_set(
-            config.data, config.data.train, accelerator.device, "data.train", repeatable=True
-        )
+        loader = experiment.open_set(cfg.data, cfg.data.train, accelerator.device, "data.train", repeatable=True)
     # always chunks of the whole batch size, whatever the number of processes: the bytes stay the same
-    teacher = experiment.build_teacher(config, len(loader.index.classes), accelerator, processes=1)
+    teacher = experiment.build_teacher(cfg, len(loader.index.classes), accelerator, processes=1)
     assert teacher is not None
-    family = experiment.view_family(config)
-    return Parts(config=config, accelerator=accelerator, loader=loader, family=family, teacher=teacher)
+    family = experiment.view_family(cfg)
+    return Parts(cfg=cfg, accelerator=accelerator, loader=loader, family=family, teacher=teacher)
 
 
 def fill(parts: Parts, *, repair: bool = False) -> None:
@@ -70,25 +68,25 @@ def fill(parts: Parts, *, repair: bool = False) -> None:
     Raises ValueError if the folder holds another cache, is being filled by others, or the disk is too small, and if
     cache.dtype cannot hold the teacher's features.
     """
-    config, accelerator, manifest = parts.config, parts.accelerator, parts.manifest
-    assert config.cache.path is not None
-    check_range(config, parts.loader, parts.family, parts.teacher)
+    cfg, accelerator, manifest = parts.cfg, parts.accelerator, parts.manifest
+    assert cfg.cache.path is not None
+    check_range(cfg, parts.loader, parts.family, parts.teacher)
     lock: AbstractContextManager[object] = nullcontext()
     if accelerator.is_main_process:
-        lock = TeacherCache.begin_filling(config.cache.path, manifest, parts.teacher.classifier)
+        lock = TeacherCache.begin_filling(cfg.cache.path, manifest, parts.teacher.classifier)
     with lock:
         accelerator.wait_for_everyone()
-        _fill_missing(parts, TeacherCache.open(config.cache.path), repair=repair)
+        _fill_missing(parts, TeacherCache.open(cfg.cache.path), repair=repair)
 
 
 def _fill_missing(parts: Parts, cache: TeacherCache, *, repair: bool) -> None:
-    config, accelerator, manifest = parts.config, parts.accelerator, cache.manifest
+    cfg, accelerator, manifest = parts.cfg, parts.accelerator, cache.manifest
     if repair and accelerator.is_main_process:
         _reopen_damaged(parts, cache)
     accelerator.wait_for_everyone()
     missing = [view for view in range(manifest.views) if not cache.complete(view)]
     # in each view an image is mixed with another one: no view could use what was decoded for the last
-    together = 1 if config.views.augment.mixes else config.cache.views_a_pass
+    together = 1 if cfg.views.augment.mixes else cfg.cache.views_a_pass
     bar = ProgressBar(
         f"fill ({manifest.views - len(missing)} of {manifest.views} views were complete)",
         len(missing) * manifest.rows,
@@ -117,7 +115,7 @@ def _fill_views(parts: Parts, cache: TeacherCache, views: Sequence[int], bar: Pr
         for view in views:
             cache.start(view)
     accelerator.wait_for_everyone()
-    section, order = parts.config.views, np.arange(rows)
+    section, order = parts.cfg.views, np.arange(rows)
     seed, augment = section.seed, section.augment
     if augment.mixes:
         (view,) = views
@@ -176,10 +174,10 @@ class Verified(NamedTuple):
     classifier: str
 
 
-def verify(config: Config) -> Verified:
+def verify(cfg: Config) -> Verified:
     """Compare a cache with its checksums. Raises ValueError if there is no cache."""
-    assert config.cache.path is not None
-    cache = TeacherCache.open(config.cache.path)
+    assert cfg.cache.path is not None
+    cache = TeacherCache.open(cfg.cache.path)
     views = [view for view in range(cache.manifest.views) if cache.complete(view)]
     found = {view: cache.verify(view) for view in tqdm(views, "verify", unit="view", disable=None)}
     damaged = {view: blocks for view, blocks in found.items() if blocks}

@@ -34,23 +34,23 @@ def of_student(bench: Bench, index: DatasetIndex, device_peak: int | None, secon
     They take turns for about `seconds`, without data and without a teacher. One that is far slower is not asked
     again. A student that is compiled is not tried: each setting would be compiled again.
     """
-    config, device = bench.config, bench.accelerator.device
-    if config.train.compile:
+    cfg, device = bench.cfg, bench.accelerator.device
+    if cfg.train.compile:
         return {}
-    double = 2 * config.data.batch_size
+    double = 2 * cfg.data.batch_size
     changes: dict[str, Config] = {
-        f"student.channels_last={str(not config.student.channels_last).lower()}": replace(
-            config, student=replace(config.student, channels_last=not config.student.channels_last)
+        f"student.channels_last={str(not cfg.student.channels_last).lower()}": replace(
+            cfg, student=replace(cfg.student, channels_last=not cfg.student.channels_last)
         )
     }
-    if config.train.precision == "fp32" and _has_bf16(device):
-        changes["train.precision=bf16"] = replace(config, train=replace(config.train, precision="bf16"))
+    if cfg.train.precision == "fp32" and _has_bf16(device):
+        changes["train.precision=bf16"] = replace(cfg, train=replace(cfg.train, precision="bf16"))
     if double <= len(index) and _room(device_peak, bench.accelerator):
-        changes[f"data.batch_size={double}"] = replace(config, data=replace(config.data, batch_size=double))
-    benches = {"now": plain(config, bench, index)}
+        changes[f"data.batch_size={double}"] = replace(cfg, data=replace(cfg.data, batch_size=double))
+    benches = {"now": plain(cfg, bench, index)}
     for name, changed in changes.items():
         benches[name] = plain(changed, bench, index)
-        if changed.train.precision != config.train.precision:
+        if changed.train.precision != cfg.train.precision:
             in_bf16(benches[name])
     loader = SyntheticLoader(index, device)
     times: dict[str, list[float]] = {name: [] for name in benches}
@@ -67,7 +67,7 @@ def of_student(bench: Bench, index: DatasetIndex, device_peak: int | None, secon
     medians = {name: float(np.median(values)) for name, values in times.items()}
     rows = {name: changed.data.batch_size for name, changed in changes.items()}
     return {
-        name: {"now": medians["now"], "then": medians[name] * config.data.batch_size / rows[name]} for name in rows
+        name: {"now": medians["now"], "then": medians[name] * cfg.data.batch_size / rows[name]} for name in rows
     }
 
 
@@ -85,8 +85,8 @@ def _has_bf16(device: torch.device) -> bool:
 
 def of_teacher(bench: Bench) -> Found:
     """The teacher's forward pass in bf16, and its classifier alone, which is what a cache leaves."""
-    config, device, teacher = bench.config, bench.accelerator.device, bench.teacher
-    if config.teacher.mode != "online" or teacher is None:
+    cfg, device, teacher = bench.cfg, bench.accelerator.device, bench.teacher
+    if cfg.teacher.mode != "online" or teacher is None:
         return {}
     images = torch.zeros(bench.rows, 3, teacher.size, teacher.size, dtype=torch.uint8, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -95,7 +95,7 @@ def of_teacher(bench: Bench) -> Found:
     found = {
         "teacher.mode=cached": {"now": now, "then": call_seconds(lambda: teacher.logits(features), device, 8)}
     }
-    if teacher.precision == "fp32" and not config.teacher.compile and _has_bf16(device):
+    if teacher.precision == "fp32" and not cfg.teacher.compile and _has_bf16(device):
         teacher.precision = "bf16"
         try:
             found["teacher.precision=bf16"] = {
@@ -109,7 +109,7 @@ def of_teacher(bench: Bench) -> Found:
 
 def of_loss(bench: Bench) -> Found:
     """DCD in the form that `auto` chooses."""
-    config, teacher = bench.config.loss, bench.teacher
+    config, teacher = bench.cfg.loss, bench.teacher
     if not config.dcd or config.form == "auto" or teacher is None:
         return {}
     now, then = (_dcd_seconds(bench, teacher, form) for form in (config.form, "auto"))
@@ -145,15 +145,15 @@ def _dcd_seconds(bench: Bench, teacher: Teacher, form: str) -> float:
 
 
 def of_data(
-    config: Config,
+    cfg: Config,
     loading: dict[str, float],
     sizes: list[int],
     seconds: float,
     convert: reading.TrialConversion,
 ) -> Found:
     """The loader of one process, as measured in `loading`, and FFCV's with the images converted."""
-    found = reading.converted_seconds(config, tuple(sizes), seconds, convert)
+    found = reading.converted_seconds(cfg, tuple(sizes), seconds, convert)
     if found is None or not loading:
         return {}
-    rows = config.data.batch_size
+    rows = cfg.data.batch_size
     return {"data.backend=ffcv": {"now": rows * loading["loader"], "then": rows * found}}

@@ -46,7 +46,7 @@ MOST = 400
 
 
 def profile(
-    config: Config,
+    cfg: Config,
     *,
     seconds: float = 60.0,
     quick: bool = False,
@@ -61,9 +61,9 @@ def profile(
 
     Raises ValueError for what training would refuse.
     """
-    if config.teacher.mode == "fill":  # its slower half; and a profile must not write a cache
-        config = replace(config, teacher=replace(config.teacher, mode="online"))
-    accelerator = experiment.make_accelerator(config)
+    if cfg.teacher.mode == "fill":  # its slower half; and a profile must not write a cache
+        cfg = replace(cfg, teacher=replace(cfg.teacher, mode="online"))
+    accelerator = experiment.make_accelerator(cfg)
     device = accelerator.device
     share = seconds / 12  # the measurements below last about 12 shares
     bar = tqdm(total=9, desc="profile", disable=None if accelerator.is_main_process else True)
@@ -73,18 +73,18 @@ def profile(
         bar.update()
 
     begin = time.perf_counter()
-    train, val = experiment.open_data(config, accelerator)
+    train, val = experiment.open_data(cfg, accelerator)
     with train, val:
         opened = time.perf_counter() - begin
         classes = len(train.index.classes)
-        family = experiment.view_family(config)
-        teacher = experiment.build_teacher(config, classes, accelerator)
-        mode = open_mode(config, train, family, teacher, accelerator)
-        bench = set_up(config, accelerator, train.index, family, teacher, mode)
-        plan = experiment.epoch_plan(config, train, family, 0)
+        family = experiment.view_family(cfg)
+        teacher = experiment.build_teacher(cfg, classes, accelerator)
+        mode = open_mode(cfg, train, family, teacher, accelerator)
+        bench = set_up(cfg, accelerator, train.index, family, teacher, mode)
+        plan = experiment.epoch_plan(cfg, train, family, 0)
         teacher_size = mode.begin(plan.view)
         rank_plan = plan.for_rank(
-            experiment.image_sizes(config.student_size(0), teacher_size),
+            experiment.image_sizes(cfg.student_size(0), teacher_size),
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
@@ -100,16 +100,16 @@ def profile(
         stage("ceilings")
         synthetic_loader = SyntheticLoader(train.index, device)
         synthetic = _measure(bench, synthetic_loader, 1.5 * share)
-        ceilings = {"synthetic": _rate(synthetic, config), **_replayed(bench, train, config, share)}
-        if config.teacher.mode != "none":
-            bare = plain(config, bench, train.index)
-            ceilings["plain_cross_entropy"] = _rate(_measure(bare, synthetic_loader, share), config)
+        ceilings = {"synthetic": _rate(synthetic, cfg), **_replayed(bench, train, cfg, share)}
+        if cfg.teacher.mode != "none":
+            bare = plain(cfg, bench, train.index)
+            ceilings["plain_cross_entropy"] = _rate(_measure(bare, synthetic_loader, share), cfg)
         _steps_together(bench, train, steps, share)
         stage("communication")
         communication = _communication(bench, synthetic_loader, synthetic, share)
         gradient_copy = _gradient_copy(bench)
         stage("loader")
-        loading = reading.stages(train, rank_plan, config, share)
+        loading = reading.stages(train, rank_plan, cfg, share)
         if loading:
             ceilings["loader"] = accelerator.num_processes / loading["loader"]
         ceilings |= _copies(train, rank_plan, accelerator)
@@ -128,10 +128,10 @@ def profile(
             found |= alternatives.of_student(bench, train.index, device_peak, share)
             found |= alternatives.of_teacher(bench) | alternatives.of_loss(bench)
             waiting = together["stages"].get("data_wait", {"mean": 0.0})["mean"] / together["step"]["mean"]
-            slow = config.data.backend == "torch" and waiting >= WAITING
+            slow = cfg.data.backend == "torch" and waiting >= WAITING
             if convert and slow and accelerator.is_main_process:
                 sizes = [each.size for each in rank_plan.crops]
-                found |= alternatives.of_data(config, loading, sizes, share, convert)
+                found |= alternatives.of_data(cfg, loading, sizes, share, convert)
         if trace is not None:
             stage("trace")
             _trace(bench, train, trace)
@@ -140,10 +140,10 @@ def profile(
 
     own = {name: values["mean"] for name, values in together["stages"].items()}
     ranks = gather_object([{"rank": accelerator.process_index, "stages": own, "step": together["step"]["mean"]}])
-    images = config.data.batch_size
+    images = cfg.data.batch_size
     return {
         "format": FORMAT,
-        "about": _about(config, accelerator),
+        "about": _about(cfg, accelerator),
         "images_per_step": images,
         "images_per_second": images / together["step"]["mean"],
         "step": together["step"],
@@ -195,22 +195,22 @@ def _summary(marked: list[dict[str, float]], whole: list[float]) -> dict[str, An
     }
 
 
-def _rate(measured: dict[str, Any], config: Config) -> float:
+def _rate(measured: dict[str, Any], cfg: Config) -> float:
     """Images a second over all processes."""
-    return config.data.batch_size / float(measured["step"]["mean"])
+    return cfg.data.batch_size / float(measured["step"]["mean"])
 
 
-def _replayed(bench: Bench, loader: Loader, config: Config, seconds: float) -> dict[str, float]:
+def _replayed(bench: Bench, loader: Loader, cfg: Config, seconds: float) -> dict[str, float]:
     # closing a ReplayLoader closes what it repeats, which is still needed
-    return {"replay": _rate(_measure(bench, ReplayLoader(loader), seconds), config)}
+    return {"replay": _rate(_measure(bench, ReplayLoader(loader), seconds), cfg)}
 
 
 def _cold(bench: Bench, loader: Loader, rank_plan: RankPlan) -> dict[str, float | None]:
     """What only the beginning costs: the first batch, the first step, and reading what no cache holds yet."""
-    config = bench.config
-    threads = max(config.data.workers, 1)
+    cfg = bench.cfg
+    threads = max(cfg.data.workers, 1)
     sample = rank_plan.ids[-256:]
-    cold = reading.cold_read_seconds(config.data.train, loader.index, sample, threads)
+    cold = reading.cold_read_seconds(cfg.data.train, loader.index, sample, threads)
     begin = time.perf_counter()
     epoch = loader.epoch(rank_plan)
     next(epoch)
@@ -280,11 +280,11 @@ def _split_backward(
 
 def _evaluation(bench: Bench, val: Loader, seconds: float) -> dict[str, float]:
     """Seconds of one evaluation, from some of its batches."""
-    config, accelerator = bench.config, bench.accelerator
-    batch_size = max(config.eval.batch_size, accelerator.num_processes)
-    plan = evaluation_plan(val.index, crop_ratio=config.eval.crop_ratio, batch_size=batch_size)
+    cfg, accelerator = bench.cfg, bench.accelerator
+    batch_size = max(cfg.eval.batch_size, accelerator.num_processes)
+    plan = evaluation_plan(val.index, crop_ratio=cfg.eval.crop_ratio, batch_size=batch_size)
     rank_plan = plan.for_rank(
-        (config.eval_size,), rank=accelerator.process_index, world_size=accelerator.num_processes
+        (cfg.eval_size,), rank=accelerator.process_index, world_size=accelerator.num_processes
     )
     module = bench.step.module.eval()
     images = 0
@@ -293,9 +293,9 @@ def _evaluation(bench: Bench, val: Loader, seconds: float) -> dict[str, float]:
         begin = time.perf_counter()
         for number, (batch, _) in enumerate(batches):
             with accelerator.autocast():
-                module.predict(batch.at(config.eval_size))
-                if config.eval.flip:
-                    module.predict(batch.at(config.eval_size).flip(3))
+                module.predict(batch.at(cfg.eval_size))
+                if cfg.eval.flip:
+                    module.predict(batch.at(cfg.eval_size).flip(3))
             if number == 0 and rank_plan.batches > 1:  # starts workers, compiles
                 synchronize(accelerator.device)
                 begin = time.perf_counter()
@@ -387,7 +387,7 @@ def _bytes(tensors: Any) -> int:
     return sum(each.numel() * each.element_size() for each in tensors)
 
 
-def _about(config: Config, accelerator: Accelerator) -> dict[str, Any]:
+def _about(cfg: Config, accelerator: Accelerator) -> dict[str, Any]:
     """What was measured, where."""
     on_gpu = accelerator.device.type == "cuda"
     return {
@@ -397,24 +397,22 @@ def _about(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
         "torch": torch.__version__,
-        "student": config.student.model,
-        "image_size": config.student_size(0),
-        "teacher": config.teacher.model if config.teacher.mode != "none" else None,
-        "teacher_mode": config.teacher.mode,
-        "backend": config.data.backend,
-        "train": str(config.data.train),
-        "val": str(config.data.val),
-        "classes": str(config.data.classes) if config.data.classes else None,
-        "workers": config.data.workers,
-        "precision": config.train.precision,
-        "compile": config.train.compile,
-        "channels_last": config.student.channels_last,
-        "form": config.loss.form,
-        "epochs": config.train.epochs,
-        "eval_every": config.eval.every,
-        "cache": str(
-            config.cache.path or Path("data", f"{config.run.dir.name if config.run.dir else 'teacher'}-cache")
-        ),
+        "student": cfg.student.model,
+        "image_size": cfg.student_size(0),
+        "teacher": cfg.teacher.model if cfg.teacher.mode != "none" else None,
+        "teacher_mode": cfg.teacher.mode,
+        "backend": cfg.data.backend,
+        "train": str(cfg.data.train),
+        "val": str(cfg.data.val),
+        "classes": str(cfg.data.classes) if cfg.data.classes else None,
+        "workers": cfg.data.workers,
+        "precision": cfg.train.precision,
+        "compile": cfg.train.compile,
+        "channels_last": cfg.student.channels_last,
+        "form": cfg.loss.form,
+        "epochs": cfg.train.epochs,
+        "eval_every": cfg.eval.every,
+        "cache": str(cfg.cache.path or Path("data", f"{cfg.run.dir.name if cfg.run.dir else 'teacher'}-cache")),
         "config": "CONFIG",
         "set": [],
     }

@@ -60,10 +60,10 @@ def without_augmenting(rank_plan: RankPlan) -> RankPlan:
     return replace(rank_plan, crops=(crop,))
 
 
-def stages(loader: Loader, rank_plan: RankPlan, config: Config, seconds: float) -> dict[str, float]:
+def stages(loader: Loader, rank_plan: RankPlan, cfg: Config, seconds: float) -> dict[str, float]:
     """Seconds an image: loader (all of it), and read, decode, augment as far as the backend has them."""
-    stored = open_stored(config.data.train, loader.index)
-    bare, threads = without_augmenting(rank_plan), max(config.data.workers, 1)
+    stored = open_stored(cfg.data.train, loader.index)
+    bare, threads = without_augmenting(rank_plan), max(cfg.data.workers, 1)
     wholes, decodes, reads = [], [], []
     for _ in range(ROUNDS):  # in turns, so that what else the machine does falls on all
         wholes.append(seconds_an_image(loader, rank_plan, seconds / ROUNDS))
@@ -83,12 +83,12 @@ def stages(loader: Loader, rank_plan: RankPlan, config: Config, seconds: float) 
 
 
 def converted_seconds(
-    config: Config, sizes: tuple[int, ...], seconds: float, convert: TrialConversion
+    cfg: Config, sizes: tuple[int, ...], seconds: float, convert: TrialConversion
 ) -> float | None:
     """`seconds_an_image` of FFCV with the images converted to CONVERTED_SIZE, found with a few of them in a
     temporary folder; None if FFCV is missing."""
-    section = config.data
-    family = experiment.view_family(config)
+    section = cfg.data
+    family = experiment.view_family(cfg)
     classes = read_classes(section.classes) if section.classes else None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trial.beton"
@@ -103,7 +103,7 @@ def converted_seconds(
             rows = min(section.batch_size, len(index))
             order = np.resize(np.arange(len(index)), 2 * LEAST * rows)
             plan = EpochPlan(
-                index=index, family=family, view_seed=config.views.seed, view=0, order=order, batch_size=rows
+                index=index, family=family, view_seed=cfg.views.seed, view=0, order=order, batch_size=rows
             )
             seconds_an_image(loader, plan.for_rank(sizes), 0.0)  # compiles
             return seconds_an_image(loader, plan.for_rank(sizes), seconds)

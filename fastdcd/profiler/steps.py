@@ -32,7 +32,7 @@ WARM_UP = 3  # steps: lazy initialisation, choice of kernels, compilation
 class Bench:
     """One trainable setup, and the data it can be fed with."""
 
-    config: Config
+    cfg: Config
     accelerator: Accelerator
     family: ViewFamily
     teacher: Teacher | None
@@ -42,11 +42,11 @@ class Bench:
     @property
     def rows(self) -> int:
         """Rows of a step on this process, rounded up."""
-        return -(-self.config.data.batch_size // self.accelerator.num_processes)
+        return -(-self.cfg.data.batch_size // self.accelerator.num_processes)
 
 
 def set_up(
-    config: Config,
+    cfg: Config,
     accelerator: Accelerator,
     index: DatasetIndex,
     family: ViewFamily,
@@ -55,21 +55,21 @@ def set_up(
 ) -> Bench:
     """Build what one step needs. The weights are trained and thrown away."""
     # a rate that keeps the numbers finite: a step costs the same at any
-    config = replace(config, optim=replace(config.optim, lr=min(config.optim.lr, 1e-3)))
-    module = experiment.build_student(config, len(index.classes), teacher, accelerator)
-    step = TrainStep(config, module, accelerator, steps_per_epoch=experiment.steps_per_epoch(config, index))
+    cfg = replace(cfg, optim=replace(cfg.optim, lr=min(cfg.optim.lr, 1e-3)))
+    module = experiment.build_student(cfg, len(index.classes), teacher, accelerator)
+    step = TrainStep(cfg, module, accelerator, steps_per_epoch=experiment.steps_per_epoch(cfg, index))
     step.wrapped.train()
-    return Bench(config=config, accelerator=accelerator, family=family, teacher=teacher, mode=mode, step=step)
+    return Bench(cfg=cfg, accelerator=accelerator, family=family, teacher=teacher, mode=mode, step=step)
 
 
-def plain(config: Config, bench: Bench, index: DatasetIndex) -> Bench:
+def plain(cfg: Config, bench: Bench, index: DatasetIndex) -> Bench:
     """The student of a config trained by cross-entropy alone: what distillation is compared with."""
-    config = replace(
-        config,
-        loss=config.loss.with_weights(**{name: float(name == "ce") for name in config.loss.terms}),
-        teacher=replace(config.teacher, mode="none"),
+    cfg = replace(
+        cfg,
+        loss=cfg.loss.with_weights(**{name: float(name == "ce") for name in cfg.loss.terms}),
+        teacher=replace(cfg.teacher, mode="none"),
     )
-    return set_up(config, bench.accelerator, index, bench.family, None, NoTeacher())
+    return set_up(cfg, bench.accelerator, index, bench.family, None, NoTeacher())
 
 
 def in_bf16(bench: Bench) -> None:
@@ -135,7 +135,7 @@ def run_steps(
 
     Returns the number of steps kept.
     """
-    config, accelerator, mode = bench.config, bench.accelerator, bench.mode
+    cfg, accelerator, mode = bench.cfg, bench.accelerator, bench.mode
     inline = accelerator.device.type != "cuda"  # on the CPU nothing is prefetched: a wait is work
     kept = taken = epoch = 0
     with ExitStack() as stack:
@@ -144,11 +144,11 @@ def run_steps(
         if not communicate:
             stack.enter_context(accelerator.no_sync(bench.step.wrapped))
         while True:
-            number = epoch % config.train.epochs
-            plan = experiment.epoch_plan(config, loader, bench.family, number)
+            number = epoch % cfg.train.epochs
+            plan = experiment.epoch_plan(cfg, loader, bench.family, number)
             teacher_size = mode.begin(plan.view)
             rank_plan = plan.for_rank(
-                experiment.image_sizes(config.student_size(number), teacher_size),
+                experiment.image_sizes(cfg.student_size(number), teacher_size),
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
             )
@@ -169,7 +169,7 @@ def run_steps(
                     teacher_outputs = mode.outputs(batch, cached)
                     found = "other" if teacher_outputs is None else "teacher" if cached is None else "cache_read"
                     clock.lap(found)
-                    images, rows = batch.at(config.student_size(number)), plan.rows(step)
+                    images, rows = batch.at(cfg.student_size(number)), plan.rows(step)
                     bench.step(
                         images,
                         batch.labels,
