@@ -81,6 +81,8 @@ def prepare(arguments: argparse.Namespace, scratch: Path) -> dict[tuple[str, str
         common = [*training.QUIET, f"teacher.checkpoint={checkpoint}", f"run.dir={scratch / 'run'}"]
         common += [f"data.backend={backend}", f"data.train={paths[backend]}", f"data.val={paths[backend]}"]
         common += [f"data.workers={arguments.workers}", f"cache.path={scratch / f'cache-{backend}'}"]
+        # an untrained teacher's features are too small for fp16; as many bytes
+        common += ["cache.dtype=bf16"]
         common += [
             "views.count=1",
             "cache.check_rows=0",  # noise has no ids: `synthetic` shows a sample other pixels each time
