@@ -88,7 +88,7 @@ def test_training_and_filling_survive_20_kills(digits: Digits, tmp_path: Path) -
             tmp_path / name / "x.yaml",
             loss=BOTH,
             teacher={"mode": "cached"},
-            views={"count": VIEWS, "augment": {"randaugment": {}, "mixup": 0.8, "cutmix": 1.0}},
+            views={"count": VIEWS, "augment": {"mixup": 0.8, "cutmix": 1.0}},
             cache={"path": str(tmp_path / name / "cache")},
             train={"epochs": EPOCHS, "checkpoint_every": 3, "log_every": 20},
             data={"batch_size": 32},
