@@ -215,3 +215,27 @@ def test_features_that_a_dtype_would_change_name_one_that_keeps_them() -> None:
             check_storable(features, dtype)
     with pytest.raises(ValueError, match="of 1 of 16 images are not finite"):
         check_storable(rows.index_fill(0, torch.tensor([3]), float("nan")), "bf16")
+
+
+@pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False)])
+def test_bf16_without_instructions_for_it_is_warned_of(
+    capability: str, warned: bool, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastdcd import start_summary
+
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    cfg = digits.config(tmp_path / "run", train={"precision": "bf16", "epochs": 50})
+    facts = start_summary.Facts(
+        images=500,
+        val_images=100,
+        classes=10,
+        shorter_side=8,
+        steps_per_epoch=8,
+        processes=1,
+        device="cpu",
+        student_parameters=1000,
+    )
+    assert any("bf16 is emulated" in line for line in start_summary.warnings(cfg, facts)) == warned
+    plain = digits.config(tmp_path / "run", train={"epochs": 50})
+    assert not list(start_summary.warnings(plain, facts))
