@@ -178,10 +178,9 @@ def test_features_held_on_the_device_do_not_travel(rehearsed: dict[str, Found]) 
     def bytes_per_step(name: str) -> float:
         return float(rehearsed[name]["bytes_to_gpu"] / rehearsed[name]["steps"])
 
-    row = 64 * 2  # features in fp16
-    assert (
-        bytes_per_step("cached on the host, tiled") >= 100 * row > bytes_per_step("cached on the device, masked")
-    )
+    # batches travel ahead of the steps that are counted: half of them is certain; ids alone are 800 bytes
+    rows = 100 * 64 * 2  # features in fp16
+    assert bytes_per_step("cached on the host, tiled") >= rows / 2 > bytes_per_step("cached on the device, masked")
 
 
 def test_two_ranks_keep_to_their_own_gpus(null_gpu: Path, digits: Digits, tmp_path: Path) -> None:
