@@ -178,9 +178,10 @@ def test_features_held_on_the_device_do_not_travel(rehearsed: dict[str, Found]) 
     def bytes_per_step(name: str) -> float:
         return float(rehearsed[name]["bytes_to_gpu"] / rehearsed[name]["steps"])
 
-    # batches travel ahead of the steps that are counted: half of them is certain; ids alone are 800 bytes
-    rows = 100 * 64 * 2  # features in fp16
-    assert bytes_per_step("cached on the host, tiled") >= rows / 2 > bytes_per_step("cached on the device, masked")
+    batch = 100 * 64 * 2  # rows of features in fp16, bytes
+    # the prefetcher may have copied up to its depth of batches before the steps that are watched
+    assert rehearsed["cached on the host, tiled"]["bytes_to_gpu"] >= 2 * batch
+    assert bytes_per_step("cached on the device, masked") < batch
 
 
 def test_two_ranks_keep_to_their_own_gpus(null_gpu: Path, digits: Digits, tmp_path: Path) -> None:
