@@ -102,7 +102,7 @@ def test_a_healthy_run_is_called_healthy(digits: Digits, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("kind", "where", "name", "when"),
     [
-        ("storage-bound", files_module, "open_file", lambda path: True),
+        ("storage-bound", files_module, "_open_regular", lambda path: True),
         ("decode-bound", torch_loader, "decode", lambda data: True),
         ("augment-bound", rendering, "render", lambda image, box, flip, size: size > 1),
     ],
