@@ -54,16 +54,16 @@ def main() -> int:
         cache = TeacherCache.create(Path(scratch) / "cache", manifest, nn.Linear(arguments.features, 1000))
         features = torch.randn(batch, arguments.features)
         begin = time.perf_counter()
-        cache.start(0)
+        cache.view(0).start()
         for number, start in enumerate(tqdm(range(0, rows, batch), "fill", disable=None)):
             ids = torch.arange(start, min(start + batch, rows))
             features[:, 0] = torch.arange(start, start + batch) % 1000  # tells rows apart
-            cache.write(0, ids, features[: len(ids)])
+            cache.view(0).write(ids, features[: len(ids)])
             if number % 64 == 63:
                 cache.flush()
                 most = max(most, own_bytes())
         cache.flush()
-        cache.finish(0)
+        cache.view(0).finish()
         seconds["fill"] = time.perf_counter() - begin
         most = max(most, own_bytes())
         view = next((Path(scratch) / "cache").glob("view-000.npy"))
@@ -76,7 +76,7 @@ def main() -> int:
             ids_in_order = torch.from_numpy(order(rows, seed=0, epoch=0))
             begin = time.perf_counter()
             for ids in tqdm(ids_in_order.split(batch), name, disable=None):
-                found = manifest.codec.decode(reader.read(0, ids))
+                found = manifest.codec.decode(reader.view(0).read(ids))
                 assert torch.equal(found[:, 0], (ids % 1000).float())
                 most = max(most, own_bytes())
             seconds[name] = time.perf_counter() - begin

@@ -90,15 +90,15 @@ def read(folder: Path, dim: int, dtype: str, rows: int, rng: np.random.Generator
     """Rows of a complete view, in random order."""
     manifest = Manifest(rows=rows, dim=dim, views=1, dtype=dtype, fingerprint={})
     cache = TeacherCache.create(folder, manifest, nn.Linear(dim, 2))
-    cache.start(0)
+    cache.view(0).start()
     for ids in torch.arange(rows).split(1 << 14):
-        cache.write(0, ids, torch.rand(len(ids), dim))
+        cache.view(0).write(ids, torch.rand(len(ids), dim))
     cache.flush()
-    cache.finish(0)
+    cache.view(0).finish()
     batches = torch.from_numpy(rng.permutation(rows)[: rows // BATCH * BATCH].reshape(-1, BATCH))
 
     def work(turn: int) -> None:
-        cache.read(0, batches[turn % len(batches)])
+        cache.view(0).read(batches[turn % len(batches)])
 
     return work
 

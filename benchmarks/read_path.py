@@ -53,7 +53,10 @@ def main() -> int:
     accelerator = experiment.make_accelerator(plain)
     results: list[dict[str, Any]] = []
     seconds_to_verify = {teacher: timed_verify(cache) for teacher, cache in caches.items()}
-    prepare: dict[str, Callable[[TeacherCache], object]] = {"warm": lambda cache: cache.verify(0), "cold": drop}
+    prepare: dict[str, Callable[[TeacherCache], object]] = {
+        "warm": lambda cache: cache.view(0).verify(),
+        "cold": drop,
+    }
     for state in prepare:
         times: dict[str, list[Times]] = {}
         for _ in range(arguments.builds):
@@ -119,14 +122,14 @@ def write(cfg: config.Config) -> TeacherCache:
     assert cfg.cache.path is not None
     with (parts := filling.open_parts(cfg)).loader:
         cache = TeacherCache.create(cfg.cache.path, parts.manifest, parts.teacher.classifier)
-    if cache.complete(0):
+    if cache.view(0).complete():
         return cache
-    cache.start(0)
+    cache.view(0).start()
     features = torch.rand(WRITE_ROWS, cache.manifest.dim)
     for ids in tqdm(torch.arange(cache.manifest.rows).split(WRITE_ROWS), "write", disable=None):
-        cache.write(0, ids, features[: len(ids)])
+        cache.view(0).write(ids, features[: len(ids)])
         cache.flush()
-    cache.finish(0)
+    cache.view(0).finish()
     return TeacherCache.open(cfg.cache.path)
 
 
@@ -134,7 +137,7 @@ def timed_verify(cache: TeacherCache) -> float:
     """Seconds to compare a view with its checksums from a cold disk; all its rows are in the page cache then."""
     drop(cache)
     begin = time.perf_counter()
-    assert not cache.verify(0)
+    assert not cache.view(0).verify()
     return time.perf_counter() - begin
 
 

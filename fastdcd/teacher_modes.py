@@ -30,8 +30,10 @@ log = logging.getLogger("fastdcd")
 class TeacherMode(Protocol):
     """Knowledge of the teacher, batch by batch."""
 
-    images_seen: int
-    """Images the teacher looked at in training, since this process began."""
+    @property
+    def images_seen(self) -> int:
+        """Images the teacher looked at in training, since this process began."""
+        ...
 
     def begin(self, view: int) -> int | None:
         """Prepare an epoch that shows `view`. Returns the image size the teacher must see, or None if it looks at
@@ -87,7 +89,7 @@ class OnlineTeacher(NoTeacher):
     def begin(self, view: int) -> int | None:
         return self.teacher.size
 
-    def outputs(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
+    def outputs(self, batch: Batch, rows: Tensor | None) -> ModelOutput:
         self.images_seen += len(batch.ids)
         features = self.teacher.features(batch.at(self.teacher.size))
         return ModelOutput(features, self.teacher.logits(features))
@@ -109,7 +111,7 @@ class CachedTeacher(NoTeacher):
         self.checks = _Checks(cache) if verify else None
         self.decode = cache.manifest.codec.decode
         self.classifier = cache.classifier().to(device)
-        self.view = 0
+        self.view = cache.view(0)
         self.device, self.on_device = device, _held_on_device(cache, device, where)
         self.rows: Tensor | None = None  # the whole view, if it is held on the device
         self._loads = ThreadPoolExecutor(1, "cache-load")
@@ -121,24 +123,28 @@ class CachedTeacher(NoTeacher):
             self.checks.wait(view)
             self.checks.start(following)
         if self.on_device:
-            if self.rows is None or view != self.view:
-                self.rows = None  # its memory is free before more is taken
+            if self.rows is None or view != self.view.number:
+                self.unload()  # its memory is free before more is taken
                 self.rows = self._load(view).result()
                 self._coming.clear()
-            if following != view and self.cache.complete(following):
+            if following != view and self.cache.view(following).complete():
                 self._load(following)
-        self.view = view
+        self.view = self.cache.view(view)
         return None
+
+    def unload(self) -> None:
+        """Free the memory of the view that is held on the device."""
+        self.rows = None
 
     def _load(self, view: int) -> Future[Tensor]:
         if view not in self._coming:
-            self._coming[view] = self._loads.submit(self.cache.load, view, self.device)
+            self._coming[view] = self._loads.submit(self.cache.view(view).load, self.device)
         return self._coming[view]
 
     def read_cached(self, ids: Tensor) -> Tensor | None:
         if self.rows is not None:
             return self.rows[to_device(ids, self.device) if self.rows.is_cuda else ids]
-        return self.cache.read(self.view, ids, pin=self.device.type == "cuda")
+        return self.view.read(ids, pin=self.device.type == "cuda")
 
     def outputs(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
         assert rows is not None
@@ -164,8 +170,8 @@ class _Checks:
 
     def start(self, view: int) -> None:
         """Begin with a view, if it is complete and was not checked yet."""
-        if view not in self._damaged and self._cache.complete(view):
-            self._damaged[view] = self._thread.submit(self._cache.verify, view)
+        if view not in self._damaged and self._cache.view(view).complete():
+            self._damaged[view] = self._thread.submit(self._cache.view(view).verify)
 
     def wait(self, view: int) -> None:
         """Raises ValueError if a complete view is not as it was written."""
@@ -190,48 +196,25 @@ def _held_on_device(cache: TeacherCache, device: torch.device, where: str) -> bo
     return where == "cuda" or 2 * cache.manifest.view_bytes < free / 4  # the next view comes while one is in use
 
 
-class FillingTeacher(CachedTeacher):
-    """Teaches online and writes what it computed while a view is new; later epochs read it."""
+class StoringTeacher(OnlineTeacher):
+    """Teaches online and stores what it computed in the view that the epoch shows."""
 
-    def __init__(
-        self,
-        cache: TeacherCache,
-        view_count: int,
-        teacher: Teacher,
-        accelerator: Accelerator,
-        *,
-        where: str,
-        verify: bool,
-        lock: Lock | None,
-    ) -> None:
-        """`lock` is the first process's right to write."""
-        super().__init__(cache, view_count, accelerator.device, where=where, verify=verify)
-        self.online = OnlineTeacher(teacher)
+    def __init__(self, teacher: Teacher, cache: TeacherCache, accelerator: Accelerator) -> None:
+        super().__init__(teacher)
+        self.cache, self.view = cache, cache.view(0)
         self.first = accelerator.is_main_process  # one process lays out and completes the files
         self.wait = accelerator.wait_for_everyone
-        self.reading = False
-        self._lock = lock
 
     def begin(self, view: int) -> int | None:
-        self.reading = self.cache.complete(view)
-        if self.reading:
-            return super().begin(view)
-        self.view, self.rows = view, None
+        self.view = self.cache.view(view)
         if self.first:
-            self.cache.start(self.view)
+            self.view.start()
         self.wait()
-        return self.online.begin(view)
+        return super().begin(view)
 
-    def read_cached(self, ids: Tensor) -> Tensor | None:
-        return super().read_cached(ids) if self.reading else None
-
-    def outputs(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
-        if self.reading:
-            return super().outputs(batch, rows)
-        self.images_seen += len(batch.ids)
-        teacher_outputs = self.online.outputs(batch, rows)
-        assert teacher_outputs is not None
-        self.cache.write(self.view, batch.ids, teacher_outputs.features)
+    def outputs(self, batch: Batch, rows: Tensor | None) -> ModelOutput:
+        teacher_outputs = super().outputs(batch, rows)
+        self.view.write(batch.ids, teacher_outputs.features)
         return teacher_outputs
 
     def flush(self) -> None:
@@ -241,17 +224,48 @@ class FillingTeacher(CachedTeacher):
 
     def end(self) -> None:
         """Complete the view, unless a run that was killed left gaps in it: then its next epoch fills them."""
-        if self.reading:
-            return
         self.flush()
-        if self.first and self.cache.done(self.view).all():
-            self.cache.finish(self.view)
+        if self.first and self.view.done().all():
+            self.view.finish()
         self.wait()
-        self.cache.release(self.view)
+        self.view.release()
+
+
+class FillingTeacher:
+    """Teaches online and stores what it computed while a view is new; later epochs read it."""
+
+    def __init__(self, online: StoringTeacher, cached: CachedTeacher, lock: Lock | None) -> None:
+        """Both modes are of one cache; `lock` is the first process's right to write."""
+        self.online, self.cached, self._lock = online, cached, lock
+        self.current: StoringTeacher | CachedTeacher = online
+
+    @property
+    def images_seen(self) -> int:
+        return self.online.images_seen
+
+    def begin(self, view: int) -> int | None:
+        if self.cached.cache.view(view).complete():
+            self.current = self.cached
+        else:
+            self.cached.unload()
+            self.current = self.online
+        return self.current.begin(view)
+
+    def read_cached(self, ids: Tensor) -> Tensor | None:
+        return self.current.read_cached(ids)
+
+    def outputs(self, batch: Batch, rows: Tensor | None) -> ModelOutput | None:
+        return self.current.outputs(batch, rows)
+
+    def flush(self) -> None:
+        self.online.flush()
+
+    def end(self) -> None:
+        self.current.end()
 
     def close(self) -> None:
         self.flush()
-        super().close()
+        self.cached.close()
         if self._lock:
             self._lock.close()
 
@@ -287,15 +301,10 @@ def _fill(
         lock = TeacherCache.begin_filling(cfg.cache.path, manifest, teacher.classifier)
     accelerator.wait_for_everyone()
     cache = TeacherCache.open(cfg.cache.path)
-    return FillingTeacher(
-        cache,
-        cfg.view_count,
-        teacher,
-        accelerator,
-        where=cfg.cache.device,
-        verify=cfg.cache.verify,
-        lock=lock,
+    cached = CachedTeacher(
+        cache, cfg.view_count, accelerator.device, where=cfg.cache.device, verify=cfg.cache.verify
     )
+    return FillingTeacher(StoringTeacher(teacher, cache, accelerator), cached, lock)
 
 
 MODES: dict[str, Build] = {"online": _online, "cached": _cached, "fill": _fill}

@@ -160,7 +160,7 @@ def fill_with_a_slow_rank(file: Path) -> None:
         flush(cache)
 
     def note(cfg: Any, *rest: Any) -> None:
-        done = int(TeacherCache.open(cfg.cache.path).done(0).sum())
+        done = int(TeacherCache.open(cfg.cache.path).view(0).done().sum())
         if os.environ["RANK"] == "0":
             (file.parent / "done").write_text(str(done))
         save(cfg, *rest)

@@ -138,35 +138,35 @@ def test_only_damaged_rows_are_filled_again(tmp_path: Path) -> None:
     manifest = Manifest(rows=3 * BLOCK_ROWS, dim=8, views=1, dtype="fp32", fingerprint={})
     cache = TeacherCache.create(tmp_path / "c", manifest, nn.Linear(8, 3))
     features = torch.randn(manifest.rows, 8)
-    cache.start(0)
-    cache.write(0, torch.arange(manifest.rows), features)
+    cache.view(0).start()
+    cache.view(0).write(torch.arange(manifest.rows), features)
     cache.flush()
-    cache.finish(0)
+    cache.view(0).finish()
     path = tmp_path / "c" / "view-000.npy"
     path.write_bytes(path.read_bytes()[: -BLOCK_ROWS * 32 - 100])
-    damaged = cache.verify(0)
+    damaged = cache.view(0).verify()
     assert damaged == [range(BLOCK_ROWS, 2 * BLOCK_ROWS), range(2 * BLOCK_ROWS, 3 * BLOCK_ROWS)]
-    cache.reopen(0, damaged)
-    cache.start(0)
-    assert (cache.done(0) == (np.arange(manifest.rows) < BLOCK_ROWS)).all()
+    cache.view(0).reopen(damaged)
+    cache.view(0).start()
+    assert (cache.view(0).done() == (np.arange(manifest.rows) < BLOCK_ROWS)).all()
     again = torch.arange(BLOCK_ROWS, manifest.rows)
-    cache.write(0, again, features[again])
+    cache.view(0).write(again, features[again])
     cache.flush()
-    cache.finish(0)
-    assert torch.equal(manifest.codec.decode(cache.load(0, torch.device("cpu"))), features)
+    cache.view(0).finish()
+    assert torch.equal(manifest.codec.decode(cache.view(0).load(torch.device("cpu"))), features)
 
 
 def test_rows_that_are_gone_are_not_done(tmp_path: Path) -> None:
     """Features of a half-filled view were deleted, its marks were not."""
     manifest = Manifest(rows=BLOCK_ROWS, dim=8, views=1, dtype="fp32", fingerprint={})
     cache = TeacherCache.create(tmp_path / "c", manifest, nn.Linear(8, 3))
-    cache.start(0)
-    cache.write(0, torch.arange(100), torch.randn(100, 8))
+    cache.view(0).start()
+    cache.view(0).write(torch.arange(100), torch.randn(100, 8))
     cache.flush()
     (tmp_path / "c" / "view-000.npy").unlink()
     cache = TeacherCache.open(tmp_path / "c")
-    cache.start(0)
-    assert not cache.done(0).any()
+    cache.view(0).start()
+    assert not cache.view(0).done().any()
 
 
 def test_a_full_disk(digits: Digits, tmp_path: Path) -> None:
@@ -220,19 +220,19 @@ def test_an_incomplete_view_is_not_read(filled: tuple[Path, Path]) -> None:
 def test_rows_count_as_done_only_after_a_flush(tmp_path: Path) -> None:
     manifest = Manifest(rows=2 * BLOCK_ROWS + 5, dim=8, views=1, dtype="fp32", fingerprint={})
     cache = TeacherCache.create(tmp_path / "c", manifest, nn.Linear(8, 3))
-    cache.start(0)
+    cache.view(0).start()
     ids = torch.arange(0, manifest.rows, 2)
     features = torch.randn(len(ids), 8)
-    cache.write(0, ids, features)
-    assert not cache.done(0).any()
+    cache.view(0).write(ids, features)
+    assert not cache.view(0).done().any()
     cache.flush()
-    assert (cache.done(0) == (np.arange(manifest.rows) % 2 == 0)).all()
-    cache.write(0, ids + 1 - 2 * (ids + 1 == manifest.rows), torch.randn(len(ids), 8))
+    assert (cache.view(0).done() == (np.arange(manifest.rows) % 2 == 0)).all()
+    cache.view(0).write(ids + 1 - 2 * (ids + 1 == manifest.rows), torch.randn(len(ids), 8))
     cache.flush()
-    cache.finish(0)
-    assert cache.complete(0) and cache.verify(0) == []
+    cache.view(0).finish()
+    assert cache.view(0).complete() and cache.view(0).verify() == []
     wanted = torch.tensor([4, 0, 2 * BLOCK_ROWS])
-    read = manifest.codec.decode(TeacherCache.open(tmp_path / "c").read(0, wanted))
+    read = manifest.codec.decode(TeacherCache.open(tmp_path / "c").view(0).read(wanted))
     assert torch.equal(read[:2], features[[2, 0]]), "rows in the order asked for"
 
 
@@ -287,7 +287,7 @@ def test_views_filled_together_are_views_filled_alone(digits: Digits, tmp_path: 
         if passes == 2:  # a view that was begun, with some rows done, beside one that was not
             assert run_program(CACHE, "fill", "--config", file).code == 0
             cache = TeacherCache.open(tmp_path / "cache-2")
-            cache.reopen(3, [range(100, 300)])
+            cache.view(3).reopen([range(100, 300)])
             (tmp_path / "cache-2" / "view-004.npy").unlink()
             (tmp_path / "cache-2" / "view-004.crc32.npy").unlink()
         ran = run_program(CACHE, "fill", "--config", file)
@@ -299,7 +299,7 @@ def test_views_filled_together_are_views_filled_alone(digits: Digits, tmp_path: 
 
 def test_a_whole_view_is_its_rows(filled: tuple[Path, Path]) -> None:
     cache = TeacherCache.open(filled[1])
-    assert torch.equal(cache.load(1, torch.device("cpu")), cache.read(1, torch.arange(500)))
+    assert torch.equal(cache.view(1).load(torch.device("cpu")), cache.view(1).read(torch.arange(500)))
 
 
 def test_several_teachers_in_one_cache(digits: Digits, tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_a_faster_teacher_fills_the_same_features(digits: Digits, tmp_path: Path
         ran = run_program(CACHE, "fill", "--config", file, *(["--set", *settings] if name == "fast" else []))
         assert ran.code == 0, ran.err
     plain, fast = (TeacherCache.open(tmp_path / name / "cache") for name in ("plain", "fast"))
-    features = [cache.manifest.codec.decode(cache.load(0, torch.device("cpu"))) for cache in (plain, fast)]
+    features = [cache.manifest.codec.decode(cache.view(0).load(torch.device("cpu"))) for cache in (plain, fast)]
     assert torch.nn.functional.cosine_similarity(*features).min() > fast.manifest.codec.cosine
     kept = [each for each in settings if each != "teacher.compile=true"]
     ran = run_program("fastdcd/train.py", "--config", file, *(["--set", *kept] if kept else []))

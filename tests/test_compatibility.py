@@ -211,10 +211,10 @@ def test_a_view_written_anew_is_the_old_one(v0: Path, tmp_path: Path) -> None:
     new = TeacherCache.create(tmp_path / "cache", old.manifest, old.classifier())
     ids = torch.arange(20)
     for view in range(2):
-        new.start(view)
-        new.write(view, ids, old.manifest.codec.decode(old.read(view, ids)))
+        new.view(view).start()
+        new.view(view).write(ids, old.manifest.codec.decode(old.view(view).read(ids)))
         new.flush()
-        new.finish(view)
+        new.view(view).finish()
     assert files(tmp_path / "cache") == files(v0 / "cache-fp16")
 
 

@@ -71,10 +71,10 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     cache = TeacherCache.create(out / "cache", manifest(), nn.Linear(8, 2))
     for view in range(2):
-        cache.start(view)
-        cache.write(view, torch.arange(20), torch.randn(20, 8))
+        cache.view(view).start()
+        cache.view(view).write(torch.arange(20), torch.randn(20, 8))
         cache.flush()
-        cache.finish(view)
+        cache.view(view).finish()
     return out
 
 
@@ -90,9 +90,9 @@ def cached(path: Path) -> Seen:
     cache.check(manifest())
     layer = cache.classifier()
     for view in range(2):
-        if not cache.complete(view) or cache.verify(view):
+        if not cache.view(view).complete() or cache.view(view).verify():
             raise ValueError("damaged")
-    rows = [cache.read(view, torch.arange(20)).numpy() for view in range(2)]
+    rows = [cache.view(view).read(torch.arange(20)).numpy() for view in range(2)]
     return [*rows, layer.weight.detach().numpy(), layer.bias.detach().numpy()]
 
 
@@ -250,14 +250,14 @@ def test_a_cache_without_its_classifiers_digest_is_refused(sets: Path, tmp_path:
 def test_a_mark_that_nobody_made_is_not_believed(tmp_path: Path) -> None:
     """A flipped done mark would make a row of zeros a row of features."""
     cache = TeacherCache.create(tmp_path / "cache", manifest(), nn.Linear(8, 2))
-    cache.start(0)
-    cache.write(0, torch.arange(10), torch.randn(10, 8))
+    cache.view(0).start()
+    cache.view(0).write(torch.arange(10), torch.randn(10, 8))
     cache.flush()
     path = tmp_path / "cache" / "view-000.done.npy"
     overwrite(path, path.stat().st_size - 1, 1)
     again = TeacherCache.open(tmp_path / "cache")
-    again.start(0)
-    assert again.done(0).tolist() == [True] * 10 + [False] * 10
+    again.view(0).start()
+    assert again.view(0).done().tolist() == [True] * 10 + [False] * 10
 
 
 def test_a_cache_of_other_pixels_is_refused(sets: Path, tmp_path: Path) -> None:

@@ -184,14 +184,14 @@ def test_a_row_that_is_not_finite_ends_a_fill_and_is_not_stored(tmp_path: Path) 
     for dtype in CODECS:
         manifest = Manifest(rows=4, dim=3, views=1, dtype=dtype, fingerprint={})
         cache = TeacherCache.create(tmp_path / dtype, manifest, models.no_outputs(3))
-        cache.start(0)
-        cache.write(0, torch.tensor([0]), torch.ones(1, 3))
+        cache.view(0).start()
+        cache.view(0).write(torch.tensor([0]), torch.ones(1, 3))
         features = torch.ones(2, 3)
         features[1, 2] = 1e6 if dtype == "fp16" else float("inf")
         with pytest.raises(ValueError, match=r"1 of 2 images \(first: sample 3\) are not finite, or beyond"):
-            cache.write(0, torch.tensor([2, 3]), features)
+            cache.view(0).write(torch.tensor([2, 3]), features)
         cache.flush()
-        assert cache.done(0).tolist() == [True, False, False, False]
+        assert cache.view(0).done().tolist() == [True, False, False, False]
 
 
 def test_rows_of_zeros_agree_with_themselves() -> None:

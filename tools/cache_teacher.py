@@ -13,6 +13,8 @@ if __name__ == "__main__":  # run by path: import from the checkout
 from fastdcd import cli, config, config_file
 from fastdcd.cache import estimate as estimating
 from fastdcd.cache import fill as filling
+from fastdcd.cache import verify as verifying
+from fastdcd.cache.store import TeacherCache
 from pipelines.files import human_bytes
 
 
@@ -67,7 +69,7 @@ def fill(cfg: config.Config, arguments: argparse.Namespace) -> int:
 def verify(cfg: config.Config, arguments: argparse.Namespace) -> int:
     if cfg.cache.path is None:
         raise ValueError("cache.path is missing; set it in the config or with --set cache.path=...")
-    found = filling.verify(cfg)
+    found = verifying.verify(TeacherCache.open(cfg.cache.path))
     for view, blocks in found.damaged.items():
         rows = ", ".join(f"{block.start}-{block.stop - 1}" for block in blocks[:5])
         print(

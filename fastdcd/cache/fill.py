@@ -1,4 +1,4 @@
-"""Filling, checking and pricing a teacher cache: the work behind tools/cache_teacher.py."""
+"""Filling a teacher cache: the work behind tools/cache_teacher.py fill."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from fastdcd import experiment
 from fastdcd.cache.match import check_range, expected_manifest
@@ -84,7 +82,7 @@ def _fill_missing(parts: Parts, cache: TeacherCache, *, repair: bool) -> None:
     if repair and accelerator.is_main_process:
         _reopen_damaged(parts, cache)
     accelerator.wait_for_everyone()
-    missing = [view for view in range(manifest.views) if not cache.complete(view)]
+    missing = [view for view in range(manifest.views) if not cache.view(view).complete()]
     # in each view an image is mixed with another one: no view could use what was decoded for the last
     together = 1 if cfg.views.augment.mixes else cfg.cache.views_a_pass
     bar = ProgressBar(
@@ -101,11 +99,14 @@ def _fill_missing(parts: Parts, cache: TeacherCache, *, repair: bool) -> None:
 def _reopen_damaged(parts: Parts, cache: TeacherCache) -> None:
     """Make a fill write again what is damaged."""
     cache.write_classifier(parts.teacher.classifier)  # as good as what is there, if that is whole
-    for view in range(cache.manifest.views):
-        if cache.complete(view) and (damaged := cache.verify(view)):
+    for number in range(cache.manifest.views):
+        view = cache.view(number)
+        if view.complete() and (damaged := view.verify()):
             rows = sum(map(len, damaged))
-            parts.accelerator.print(f"view {view}: {rows} rows in {len(damaged)} damaged blocks are written again")
-            cache.reopen(view, damaged)
+            parts.accelerator.print(
+                f"view {number}: {rows} rows in {len(damaged)} damaged blocks are written again"
+            )
+            view.reopen(damaged)
 
 
 def _fill_views(parts: Parts, cache: TeacherCache, views: Sequence[int], bar: ProgressBar) -> None:
@@ -113,14 +114,14 @@ def _fill_views(parts: Parts, cache: TeacherCache, views: Sequence[int], bar: Pr
     accelerator, teacher, rows = parts.accelerator, parts.teacher, cache.manifest.rows
     if accelerator.is_main_process:
         for view in views:
-            cache.start(view)
+            cache.view(view).start()
     accelerator.wait_for_everyone()
     section, order = parts.cfg.views, np.arange(rows)
     seed, augment = section.seed, section.augment
     if augment.mixes:
         (view,) = views
         order = aligned(order, partners(rows, seed, view))
-    done = np.logical_and.reduce([cache.done(view) for view in views])
+    done = np.logical_and.reduce([cache.view(view).done() for view in views])
     ids = order[_mine(done[order], teacher.rows, accelerator)]
     sizes = parts.loader.index.sizes[ids]
     rank_plan = RankPlan(
@@ -142,18 +143,18 @@ def _fill_views(parts: Parts, cache: TeacherCache, views: Sequence[int], bar: Pr
     flushed = time.monotonic()
     for batch, _ in prefetch(parts.loader.epoch(rank_plan), lambda ids: None, accelerator.device):
         for view, images in zip(views, batch.images, strict=True):
-            cache.write(view, batch.ids, teacher.features(images))
+            cache.view(view).write(batch.ids, teacher.features(images))
         bar.update(len(views) * len(batch.ids) * accelerator.num_processes)
         if time.monotonic() - flushed > FLUSH_SECONDS:
             cache.flush()
             flushed = time.monotonic()
     cache.flush()
     for view in views:
-        cache.release(view)
+        cache.view(view).release()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for view in views:
-            cache.finish(view)
+            cache.view(view).finish()
     accelerator.wait_for_everyone()
 
 
@@ -163,27 +164,3 @@ def _mine(done: NDArray[np.bool_], chunk: int, accelerator: Accelerator) -> NDAr
     mine = starts[accelerator.process_index :: accelerator.num_processes]
     pieces = [np.arange(start, min(start + chunk, len(done))) for start in mine]
     return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
-
-
-class Verified(NamedTuple):
-    """What is not as it was written: rows of complete views, in blocks; what is said of the classifier, or ""."""
-
-    views: int
-    complete: int
-    damaged: dict[int, list[range]]
-    classifier: str
-
-
-def verify(cfg: Config) -> Verified:
-    """Compare a cache with its checksums. Raises ValueError if there is no cache."""
-    assert cfg.cache.path is not None
-    cache = TeacherCache.open(cfg.cache.path)
-    views = [view for view in range(cache.manifest.views) if cache.complete(view)]
-    found = {view: cache.verify(view) for view in tqdm(views, "verify", unit="view", disable=None)}
-    damaged = {view: blocks for view, blocks in found.items() if blocks}
-    classifier = ""
-    try:
-        cache.classifier()
-    except ValueError as error:
-        classifier = str(error)
-    return Verified(cache.manifest.views, len(views), damaged, classifier)

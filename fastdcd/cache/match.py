@@ -68,7 +68,7 @@ def open_cache(cfg: Config, loader: Loader, family: ViewFamily, teacher: Teacher
         allow=cfg.cache.allow_backend,
         allow_environment=cfg.cache.allow_environment,
     )
-    missing = [view for view in range(cfg.view_count) if not cache.complete(view)]
+    missing = [view for view in range(cfg.view_count) if not cache.view(view).complete()]
     if missing:
         raise ValueError(
             f"{cache.path}: {len(missing)} of {cfg.view_count} views are not complete (first: {missing[0]}); "
@@ -86,7 +86,7 @@ def check_live(cache: TeacherCache, cfg: Config, loader: Loader, family: ViewFam
     """
     count = min(cfg.cache.check_rows, len(loader.index))
     ids, live = _look(cfg, loader, family, teacher, count)
-    stored = cache.manifest.codec.decode(cache.read(cfg.view_count - 1, ids).to(live.device))
+    stored = cache.manifest.codec.decode(cache.view(cfg.view_count - 1).read(ids).to(live.device))
     cosine = least_cosine(live, stored)
     crossed = _crossed(cache.manifest.fingerprint, loader.backend, _environment(cfg, loader, teacher))
     if crossed:

@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.nn.parallel import distributed
 
 from fastdcd import config_file, run_folder, teacher_modes
-from fastdcd.cache.store import TeacherCache
+from fastdcd.cache.view_file import CacheView
 from fastdcd.step import TrainStep
 from fastdcd.train import train
 
@@ -141,8 +141,8 @@ def main() -> None:
     TrainStep.check = lambda *_: None  # type: ignore[method-assign]  # it looks at a value
     # what follows looks at values, and here nothing computes them
     teacher_modes.check_range = lambda *_: None
-    store = TeacherCache._store
-    TeacherCache._store = lambda cache, view, ids, rows: store(cache, view, ids, rows.zero_())  # type: ignore[method-assign]
+    store = CacheView._store
+    CacheView._store = lambda view, ids, rows: store(view, ids, rows.zero_())  # type: ignore[method-assign]
     # compares values of all ranks, and here there are none
     distributed._verify_param_shape_across_processes = lambda *_, **__: True  # type: ignore[assignment]
     # objects that travel between ranks never arrive: each rank answers for itself
