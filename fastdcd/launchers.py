@@ -52,7 +52,9 @@ def reported(text: str) -> bool:
         if os.environ.get("TORCHELASTIC_RESTART_COUNT") != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
             return False  # torchrun restarts and gives no reason
         # In whole seconds; before that of the processes that end because of this one.
-        Path(error_file).write_text(json.dumps({"message": text, "timestamp": int(time.time()) - 1}))
+        Path(error_file).write_text(
+            json.dumps({"message": text, "timestamp": int(time.time()) - 1}), encoding="utf-8"
+        )
         return True
     parent = _launcher()
     # SLURM, and a container whose first process ends, kill what is left: then nobody would say it

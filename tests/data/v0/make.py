@@ -77,9 +77,9 @@ def begun() -> None:
 
 def tables() -> None:
     """What an epoch shows, and how features become bytes."""
-    from fastdcd.cache import CODECS
     import torch
 
+    from fastdcd.cache import CODECS
     from pipelines.index import DatasetIndex
     from pipelines.plan import EpochPlan, order
     from pipelines.views import FAMILIES, describe, table_digest
@@ -98,7 +98,12 @@ def tables() -> None:
         }
     index = DatasetIndex.load(OUT / "resident")
     plan = EpochPlan(
-        index=index, family=FAMILIES["pad_crop"](), view_seed=3, view=1, order=order(20, seed=5, epoch=1), batch_size=8
+        index=index,
+        family=FAMILIES["pad_crop"](),
+        view_seed=3,
+        view=1,
+        order=order(20, seed=5, epoch=1),
+        batch_size=8,
     )
     parts = [plan.work((8, 12), rank=rank, world_size=3, start_step=1) for rank in range(3)]
     found["ranks"] = [
