@@ -71,7 +71,7 @@ def test_command_line(digits: Digits, tmp_path: Path) -> None:
     file.write_text("data: [unclosed")
     fails(TRAIN, "--config", file, says=["x.yaml", "not valid YAML", "line 1"])
     file.write_text("data: {train: a}\ndata: {val: b}\n")
-    fails(TRAIN, "--config", file, says=["'data'", "twice"])
+    fails(TRAIN, "--config", file, says=["'data'", "duplicate"])
 
 
 # ---- folders of images
