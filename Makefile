@@ -4,6 +4,9 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# Two at a time; then, with the machine to themselves, those that compare times. `make test TESTS=tests/test_plan.py`: some.
+SUITE = $(if $(TESTS),$(1) -m pytest $(TESTS),OMP_NUM_THREADS=1 $(1) -m pytest -n 2 --dist loadfile -m "not alone" && $(1) -m pytest -m alone)
+
 .PHONY: help setup demo test test-oldest bench lint format clean
 
 help:  ## what can be made
@@ -15,10 +18,10 @@ demo: $(VENV)/.ready  ## distil a student on real digits: teacher, cache, three 
 	$(RUN) tools/demo.py
 
 test: $(VENV)/.ready-test  ## every test, every backend
-	$(RUN) -m pytest $(TESTS)
+	$(call SUITE,$(RUN))
 
 test-oldest: .venv-oldest/.ready  ## the same with the oldest versions that pyproject.toml allows, in .venv-oldest
-	.venv-oldest/bin/python -m pytest $(TESTS)
+	$(call SUITE,.venv-oldest/bin/python)
 
 bench: $(VENV)/.ready  ## what has been measured, what has not, and the command of each
 	@$(RUN) benchmarks/run_gpu.py --list

@@ -38,6 +38,7 @@ from pipelines.views import Center
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["fastdcd.train", "fastdcd.cache.fill", "torch._dynamo"])
 TOOL = "tools/profile_throughput.py"
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +135,8 @@ def test_photographs_that_decode_slowly_are_named_and_converting_them_gains_what
     folders = {part: str(tmp_path / part) for part in ("train", "val")}
     views = {"family": "random_resized_crop"}
     data = {**FILES, **folders, "batch_size": 16}
-    file = digits.file(tmp_path / "photos.yaml", data=data, views=views, student=STUDENT, teacher=NONE)
+    sections = {"data": data, "views": views, "student": STUDENT, "teacher": NONE}
+    file = digits.file(tmp_path / "photos.yaml", **sections, eval={"every": 4}, train={"epochs": 8})
     profile = found(config_file.load(file))
     assert profile["verdict"]["kind"] == "decode-bound", profile["verdict"]
     advice = next(each for each in profile["verdict"]["advice"] if "data.backend=ffcv" in each["settings"])
@@ -222,8 +224,10 @@ def test_a_loss_over_many_rows_is_named_and_another_form_gains_what_was_promised
 
 
 def test_a_batch_that_is_too_small_is_named_and_a_larger_one_gains_what_was_promised(
-    digits: Digits, tmp_path: Path
+    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(measure, "LEAST", 60)  # steps of a few milliseconds, which vary most
+    monkeypatch.setattr(alternatives, "ROUNDS", 3)
     file = digits.file(tmp_path / "small.yaml", data={"batch_size": 2}, student=STUDENT, teacher=NONE)
     profile = found(config_file.load(file))
     assert profile["verdict"]["kind"] == "small-batch", profile["verdict"]
