@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, nargs="+", default=[2, 4, 8, 16], help="lengths of the recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=5, help="turns of every variant in `time`")
-    parser.add_argument("--folder", type=Path, required=True, help="runs; go on there when started again")
+    parser.add_argument("--folder", type=Path, required=True, help="runs; continued when run again")
     parser.add_argument("--name", required=True, help="results are written to benchmarks/results/NAME")
     arguments = parser.parse_args()
     for part in arguments.parts:

@@ -95,7 +95,7 @@ def main() -> int:
     parser.add_argument(
         "--best", action=argparse.BooleanOptionalAction, default=True, help="DCD beside the best other"
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop after so many; go on when started again")
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop after so many; continue when run again")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are written; default runs")
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="for every run")
     parser.add_argument("--name", default="cifar-pairs", help="results are written to benchmarks/results/NAME")
@@ -241,7 +241,7 @@ def write(
                 f"{minutes:.1f} | `python {shlex.join(command_of(arguments, finished[0]))}` |"
             )
     if not complete:
-        table += ["", "Not complete: start it again to go on."]
+        table += ["", "Not complete: run it again to continue."]
     results_rows = [
         {
             "teacher": teacher,

@@ -1,4 +1,4 @@
-"""Images a second that reach the GPU, by loader, image size and share of the JPEG engine. One run, epochs in turns.
+"""Images per second that reach the GPU, by loader, image size and share of the JPEG engine. One run, epochs in turns.
 
 Every variant brings training crops of uint8 to the device and does nothing with them. DALI decodes there, by its
 engine (`hw`: the share of JPEGs it gets; it decodes whole images) and by CUDA kernels (only the part around the box);

@@ -1,4 +1,4 @@
-"""Host work a second of processor time, beside any decoding: files of a folder and of shards into DALI, rows of a cache.
+"""Host work per second of CPU time, beside any decoding: files of a folder and of shards into DALI, rows of a cache.
 
 A GPU wants 15,000 to 20,000 images/s of each of its processes; what the host does for an image must cost little beside that.
 Every figure is units per second of CPU time of this process, all threads together, so that a busy machine does not blur it.

@@ -1,4 +1,4 @@
-"""The profiler's projection against a measured run: two processes, foretold from profiles of one.
+"""The profiler's projection against a measured run: two processes, predicted from profiles of one.
 
 A projection says what more processes make of a step if each has a machine of its own. On one machine that is
 imitated by matched shares: a core and a thread for every process. In each round two profiles of a process that

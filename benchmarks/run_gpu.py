@@ -187,7 +187,7 @@ def run(parts: list[Part], arguments: argparse.Namespace, results: Path) -> int:
     while waiting := [part for part in parts if part not in failed and not complete(results, part)]:
         part = waiting[0]
         if time.monotonic() + 60 * part.minutes > until:
-            print(f"{part.name} may take {part.minutes:g} minutes, which are not left: start again to go on")
+            print(f"{part.name} may take {part.minutes:g} minutes, which are not left: run it again to continue")
             break
         print(f"\n=== {part.name}: python {shlex.join(part.command(tiny=arguments.tiny))}", flush=True)
         if problem := start(part, results, tiny=arguments.tiny):

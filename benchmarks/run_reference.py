@@ -3,7 +3,7 @@
 Two things stand in its way, and are dealt with from outside:
 
 - It reads CIFAR-100 through torchvision, which accepts no other files than the published ones, by their digests.
-  It is told those of the files in ../../data, a part of the data set.
+  It is given those of the files in ../../data, a part of the data set.
 - Its documented command, --distill dcd, is none of the program's choices. The branch of --distill rrd builds a loss of
   the same arguments with the same two heads and calls it in the same way; bound to the authors' own DCDLoss it is
   what the documented command would run.

@@ -60,7 +60,7 @@ STEPS = {"cpu": 1, "cuda": 20}
 
 
 def steps_of(cfg: config.Config, accelerator: Accelerator) -> Iterator[Times]:
-    """Take training steps for ever; yields seconds of each turn: waited for data, and of its steps without that."""
+    """Take training steps without end; yields seconds of each turn: waited for data, and of its steps without that."""
     loader, val = experiment.open_data(cfg, accelerator)
     with loader, val:
         family = experiment.view_family(cfg)

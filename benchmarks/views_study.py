@@ -45,9 +45,7 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=[*METHODS])
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="caches and runs; go on there when started again"
-    )
+    parser.add_argument("--folder", type=Path, required=True, help="caches and runs; continued when run again")
     parser.add_argument("--no-train", action="store_true", help="report the runs that are there")
     parser.add_argument("--name", required=True, help="results are written to benchmarks/results/NAME")
     arguments = parser.parse_args()
@@ -123,7 +121,7 @@ def run(arguments: argparse.Namespace, method: str, count: int, seed: int) -> di
     overrides += [f"run.dir={folder}", f"run.seed={seed}", "run.trackers=[]", f"eval.every={10**6}"]
     summary = train(config_file.load(arguments.config, overrides))
     if not summary["finished"]:
-        raise SystemExit("stopped; start it again to go on")  # a signal ends the study, not one run of it
+        raise SystemExit("stopped; run it again to continue")  # a signal ends the study, not one run of it
     return {"method": method, "views": count, "seed": seed, "top1": summary["top1"], "seconds": summary["seconds"]}
 
 

@@ -169,7 +169,7 @@ def _by_hand(source: _Hub | _Url) -> str:
 
 @contextmanager
 def _timeout() -> Iterator[None]:
-    """urllib waits for ever if nobody tells it not to."""
+    """urllib has no timeout by default."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:

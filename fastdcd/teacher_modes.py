@@ -178,7 +178,7 @@ class _Checks:
         self.start(view)
         if view in self._damaged and (damaged := self._damaged[view].result()):
             raise ValueError(
-                f"{self._cache.path}: view {view}: {len(damaged)} blocks are not as they were written, the first of "
+                f"{self._cache.path}: view {view}: {len(damaged)} blocks fail their checksum, the first of "
                 f"rows {damaged[0].start}-{damaged[0].stop - 1}; mend them: tools/cache_teacher.py fill --repair"
             )
 

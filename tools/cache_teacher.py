@@ -72,9 +72,7 @@ def verify(cfg: config.Config, arguments: argparse.Namespace) -> int:
     found = verifying.verify(TeacherCache.open(cfg.cache.path))
     for view, blocks in found.damaged.items():
         rows = ", ".join(f"{block.start}-{block.stop - 1}" for block in blocks[:5])
-        print(
-            f"view {view}: {len(blocks)} blocks are not as they were written, rows {rows}{' ...' if blocks[5:] else ''}"
-        )
+        print(f"view {view}: {len(blocks)} blocks fail their checksum, rows {rows}{' ...' if blocks[5:] else ''}")
     if found.classifier:
         print(found.classifier)
     if found.damaged or found.classifier:

@@ -18,7 +18,7 @@ export address port=$((20000 + SLURM_JOB_ID % 20000))
 # Between SIGTERM and the time limit (--signal above) torchrun lets its processes save; without this, for 30 seconds.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100
 
-# A job that is requeued, or started again by hand, goes on from its newest checkpoint.
+# A job that is requeued, or started again by hand, resumes from its newest checkpoint.
 # kill-on-bad-exit: when one node fails the others stop at once instead of waiting for it.
 srun --kill-on-bad-exit=1 bash -c '
     exec torchrun --nnodes "$nodes" --nproc_per_node "$per_node" --node_rank "$SLURM_NODEID" \

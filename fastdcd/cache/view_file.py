@@ -74,7 +74,7 @@ class CacheView:
         return out
 
     def verify(self) -> list[range]:
-        """Ranges of rows, a block each, that are not as they were written: empty if all of a complete view is."""
+        """Ranges of rows, one per block, that fail their checksum; empty if the complete view is intact."""
         return damaged_blocks(self._path(""), self._path("crc32"), self.manifest)
 
     # ---- writing

@@ -1,6 +1,6 @@
 """Other ways to do the same, measured: what advice may promise.
 
-Each is found under the setting it is had by: seconds a step of what that setting changes, `now` and `then`, for as
+Each is found under the setting it is had by: seconds per step of what that setting changes, `now` and `then`, for as
 many images.
 """
 

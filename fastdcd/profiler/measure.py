@@ -196,7 +196,7 @@ def _summary(marked: list[dict[str, float]], whole: list[float]) -> dict[str, An
 
 
 def _rate(measured: dict[str, Any], cfg: Config) -> float:
-    """Images a second over all processes."""
+    """Images per second over all processes."""
     return cfg.data.batch_size / float(measured["step"]["mean"])
 
 
@@ -347,7 +347,7 @@ def _memory(bench: Bench, loader: Loader, sizes: Sequence[int]) -> dict[str, flo
 
 
 def _copies(loader: Loader, rank_plan: RankPlan, accelerator: Accelerator) -> dict[str, float]:
-    """Images a second over all processes that the way to the device lets through, as prefetch sends them; empty
+    """Images per second over all processes that the way to the device lets through, as prefetch sends them; empty
     where there is no such way."""
     if accelerator.device.type != "cuda":
         return {}

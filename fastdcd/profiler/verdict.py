@@ -131,7 +131,7 @@ def _measured(profile: Profile, setting: str, text: str, *more: str) -> list[Adv
 
 
 def _without_data(profile: Profile) -> float:
-    """Images a second if data cost nothing."""
+    """Images per second if data cost nothing."""
     return float(profile["images_per_second"] * _gain(profile, _seconds(profile, "data_wait")))
 
 
@@ -328,7 +328,7 @@ def _communication_advice(profile: Profile) -> list[Advice]:
 
 
 def _own(rank: dict[str, Any]) -> float:
-    """What a process does before it first waits for another one, seconds a step."""
+    """What a process does before it first waits for another one, seconds per step."""
     names = ("data_wait", "copy", "cache_read", "teacher", "student_forward", "other")
     return float(sum(rank["stages"].get(name, 0.0) for name in names))
 

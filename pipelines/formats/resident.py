@@ -32,7 +32,7 @@ def read_resident(path: Path) -> tuple[DatasetIndex, NDArray[np.uint8]]:
     if len(damaged):
         names = ", ".join(index.names[sample] for sample in damaged[:3])
         raise ValueError(
-            f"{path / IMAGES}: {len(damaged):,} of {len(index):,} images are not as they were written ({names}"
+            f"{path / IMAGES}: {len(damaged):,} of {len(index):,} images fail their checksum ({names}"
             f"{', ...' if len(damaged) > 3 else ''}); copy or convert it again"
         )
     return index, images

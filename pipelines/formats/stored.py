@@ -25,7 +25,7 @@ from pipelines.images.decode import Encoded, decode
 from pipelines.index import DatasetIndex
 from pipelines.views import hash_key
 
-CHANGED = "its bytes are not as they were written; copy or convert it again"
+CHANGED = "fails its checksum; copy or convert it again"
 _DRAWN = 16  # samples that are looked at when a dataset is opened
 
 
@@ -144,7 +144,7 @@ class PackedSamples(StoredSamples):
             )
 
     def damaged(self, samples: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of `samples` [n] are not as they were written; each is summed once, when first asked for."""
+        """Which of `samples` [n] fail their checksum; each is summed once, when first asked for."""
         found = np.zeros(len(samples), np.bool_)
         if self._checksums is None:
             return found
