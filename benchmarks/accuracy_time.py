@@ -1,9 +1,10 @@
 """Accuracy against training time: plain, KD and DCD + KD, the teacher cached and online, recipes of several lengths.
 
-In three parts, each resumable, since they want different machines. `train` trains every student and keeps its
+In parts, each resumable, since they want different machines. `train` trains every student and keeps its
 accuracy; it may share the machine and be started twice with other --seeds. `time` trains two epochs of every
 variant in turns and keeps the seconds of the second; it wants an idle machine. `draw` writes the table and the
-chart: accuracy from the one, time from the other.
+chart: accuracy from the one, time from the other. A first student's time counts the fill of its cache. `redraw` draws
+the chart anew from the results that are there.
 
     python benchmarks/accuracy_time.py train time draw --config configs/cifar100/cpu/dcd_kd.yaml --folder data/study/time \
         --name accuracy-time-cpu
@@ -60,9 +61,11 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, nargs="+", default=[2, 4, 8, 16], help="lengths of the recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=5, help="turns of every variant in `time`")
-    parser.add_argument("--folder", type=Path, required=True, help="runs; continued when run again")
+    parser.add_argument("--folder", type=Path, help="runs; continued when run again (redraw needs none)")
     parser.add_argument("--name", required=True, help="results are written to benchmarks/results/NAME")
     arguments = parser.parse_args()
+    if arguments.folder is None and set(arguments.parts) != {"redraw"}:
+        parser.error("--folder is missing")
     for part in arguments.parts:
         PARTS[part](arguments)
     return 0
@@ -167,11 +170,8 @@ def draw(arguments: argparse.Namespace) -> None:
     names = [*STUDENTS, USUAL, FILL]
     ratios = {name: record.spread([each[name] / each[PLAIN] for each in rounds]) for name in names if rounds}
     gains = [each[USUAL] / each["DCD + KD, cached"] for each in rounds]
-    lengths = sorted({row["epochs"] for row in runs})
-    cells = {
-        name: [Cell.of(runs, name, epochs, ratios[name]["median"] if rounds else 1.0) for epochs in lengths]
-        for name in STUDENTS
-    }
+    lengths = lengths_of(runs)
+    cells = cells_of(runs, ratios)
     teacher = teacher_accuracy(arguments)
     heading = [f"{epochs} epochs" for epochs in lengths]
     table = [
@@ -205,8 +205,12 @@ def draw(arguments: argparse.Namespace) -> None:
         "usual_over_cached": record.spread(gains) if rounds else None,
     }
     record.write(arguments.name, results, "\n".join(table))
-    unit = "training time (1 = an epoch of the student without a teacher)" if rounds else "epochs of training"
-    chart(cells, lengths, teacher, unit, record.RESULTS / f"{arguments.name}.png")
+    chart(arguments, results)
+
+
+def redraw(arguments: argparse.Namespace) -> None:
+    """The chart from benchmarks/results/NAME.json."""
+    chart(arguments, json.loads((record.RESULTS / f"{arguments.name}.json").read_text(encoding="utf-8")))
 
 
 def time_text(ratios: dict[str, dict[str, float]], name: str) -> str:
@@ -214,15 +218,38 @@ def time_text(ratios: dict[str, dict[str, float]], name: str) -> str:
 
 
 class Cell(NamedTuple):
-    """One student at one length: time in epochs of the student without a teacher, and top-1 % of each seed."""
+    """One student at one length, in epochs of the student without a teacher.
+
+    Attributes:
+        time: of training.
+        fill: of filling the cache that it reads, a view for each epoch.
+        top1: percent, of each seed.
+    """
 
     time: float
+    fill: float
     top1: list[float]
 
-    @classmethod
-    def of(cls, runs: list[dict[str, Any]], student: str, epochs: int, ratio: float) -> Cell:
-        found = [row["top1"] for row in runs if (row["student"], row["epochs"]) == (student, epochs)]
-        return cls(epochs * ratio, found)
+
+def cells_of(runs: list[dict[str, Any]], ratios: dict[str, dict[str, float]]) -> dict[str, list[Cell]]:
+    """Every student at every length; times in epochs trained, and no fill, where they were not measured."""
+    found = {}
+    for name in STUDENTS:
+        epoch = ratios[name]["median"] if ratios else 1.0
+        view = ratios[FILL]["median"] if ratios and name.endswith("cached") else 0.0
+        found[name] = [
+            Cell(
+                epochs * epoch,
+                epochs * view,
+                [r["top1"] for r in runs if (r["student"], r["epochs"]) == (name, epochs)],
+            )
+            for epochs in lengths_of(runs)
+        ]
+    return found
+
+
+def lengths_of(runs: list[dict[str, Any]]) -> list[int]:
+    return sorted({row["epochs"] for row in runs})
 
 
 def teacher_accuracy(arguments: argparse.Namespace) -> float:
@@ -231,12 +258,21 @@ def teacher_accuracy(arguments: argparse.Namespace) -> float:
     return found
 
 
-def chart(cells: dict[str, list[Cell]], lengths: list[int], teacher: float, unit: str, path: Path) -> None:
-    """Accuracy over time, a line a student; a whisker from the lowest to the highest seed."""
+def chart(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Accuracy over time, a line a student; a whisker from the lowest to the highest seed.
+
+    Of a cached student two: the first, which pays for the cache, and in a faint line each after it.
+    """
     plt = cli.pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    runs, ratios = results["runs"], results["epoch_over_plain"]
+    cells = cells_of(runs, ratios)
     for name, row in cells.items():
-        times, top1 = [cell.time for cell in row], np.array([cell.top1 for cell in row])  # [lengths, seeds]
+        filled = any(cell.fill for cell in row)
+        times, top1 = (
+            [cell.time + cell.fill for cell in row],
+            np.array([cell.top1 for cell in row]),
+        )  # [lengths, seeds]
         online = name.endswith("online")
         (line,) = axes.plot(
             times,
@@ -246,18 +282,22 @@ def chart(cells: dict[str, list[Cell]], lengths: list[int], teacher: float, unit
             markersize=5,
             markerfacecolor="white" if online else None,
             linestyle="--" if online else "-",
-            label=name,
+            label=f"{name}: first student, fill counted" if filled else name,
         )
         axes.vlines(times, top1.min(1), top1.max(1), color=line.get_color(), linewidth=1)
-    labelled = list(zip(cells["DCD + KD, cached"], lengths, strict=True))[:-1]  # the last has no room
+        if filled:
+            again = [cell.time for cell in row]
+            label = f"{name}: each further student"
+            axes.plot(again, top1.mean(1), color=COLORS[name], marker=".", linewidth=1, alpha=0.5, label=label)
+    labelled = list(zip(cells["DCD + KD, cached"], lengths_of(runs), strict=True))[:-1]  # the last has no room
     for cell, epochs in labelled:
         place = {"xytext": (-8, 4), "ha": "right", "textcoords": "offset points", "fontsize": 9}
         axes.annotate(
             f"{epochs} epochs", (cell.time, np.mean(cell.top1)), color=COLORS["DCD + KD, cached"], **place
         )
-    dress(axes, cells, teacher)
-    axes.set(xlabel=unit)
-    figure.savefig(path, dpi=130)
+    dress(axes, cells, results["teacher_top1"])
+    axes.set(xlabel="time (1 = an epoch of the student without a teacher)" if ratios else "epochs of training")
+    figure.savefig(record.RESULTS / f"{arguments.name}.png", dpi=130)
 
 
 def dress(axes: Any, cells: dict[str, list[Cell]], teacher: float) -> None:
@@ -266,7 +306,8 @@ def dress(axes: Any, cells: dict[str, list[Cell]], teacher: float) -> None:
     axes.annotate("teacher", (cells[PLAIN][0].time, teacher), (0, 3), textcoords="offset points", fontsize=9)
     axes.set_xscale("log", base=2)
     axes.set_xlim(left=0.7 * cells[PLAIN][0].time)
-    ticks = [2**power for power in range(1, 7) if 2**power <= 1.3 * max(row[-1].time for row in cells.values())]
+    longest = max(row[-1].time + row[-1].fill for row in cells.values())
+    ticks = [2**power for power in range(1, 7) if 2**power <= 1.3 * longest]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set(ylabel="top-1, %")
     axes.grid(axis="y", linewidth=0.4, alpha=0.6)
@@ -274,7 +315,7 @@ def dress(axes: Any, cells: dict[str, list[Cell]], teacher: float) -> None:
     axes.legend(frameon=False, loc="lower right")
 
 
-PARTS = {"train": train_all, "time": time_all, "draw": draw}
+PARTS = {"train": train_all, "time": time_all, "draw": draw, "redraw": redraw}
 
 if __name__ == "__main__":
     cli.run(main)

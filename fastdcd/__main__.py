@@ -24,6 +24,7 @@ PROGRAMS = {
     "train": Program("fastdcd.train", "train a student, with or without a teacher"),
     "convert": Program("fastdcd.tools.convert", "convert a dataset once into a format that loads fast"),
     "cache": Program("fastdcd.tools.cache_teacher", "estimate, fill or verify a teacher cache"),
+    "verify": Program("fastdcd.tools.verify", "compare all of a dataset or a cache with its checksums"),
     "profile": Program("fastdcd.tools.profile_throughput", "measure where a run's time goes and what to change"),
     "report": Program("fastdcd.tools.report", "draw one or several runs as a page"),
     "probe": Program("fastdcd.tools.linear_probe", "train a linear classifier on a network's frozen features"),

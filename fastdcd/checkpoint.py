@@ -6,7 +6,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Progress:
         step_in_epoch: steps of it that are done.
         step: optimizer steps done in all.
         seconds: time spent training so far.
-        teacher_images: images the teacher looked at so far.
+        teacher_images: images the teacher looked at so far, on all processes.
         best_top1: best evaluation so far, percent.
     """
 
@@ -41,6 +41,15 @@ class Progress:
     seconds: float = 0.0
     teacher_images: int = 0
     best_top1: float = 0.0
+
+    def after_step(self, *, teacher_images: int) -> Progress:
+        """One step later, in which the teacher looked at so many images."""
+        return replace(
+            self,
+            step=self.step + 1,
+            step_in_epoch=self.step_in_epoch + 1,
+            teacher_images=self.teacher_images + teacher_images,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

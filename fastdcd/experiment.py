@@ -215,9 +215,11 @@ def build_teacher(
 def build_student(cfg: Config, classes: int, teacher: Teacher | None, accelerator: Accelerator) -> DistillModule:
     """The module to train, with fresh weights of run.seed or those of student.checkpoint."""
     section = cfg.student
-    sizes = {cfg.student_size(epoch) for epoch in range(cfg.train.epochs)} | {cfg.eval_size}
+    trained = {cfg.student_size(epoch) for epoch in range(cfg.train.epochs)}
+    sizes = trained | {cfg.eval_size}
     student = models.build(section.model, classes=classes, sizes=sorted(sizes))
     models.check_sizes(student, section.model, sizes, "student.image_size")
+    models.check_training(student, section.model, trained)
     if (checkpoint := section.checkpoint) is not None:
         if pretrained.is_published(checkpoint):
             with accelerator.local_main_process_first():

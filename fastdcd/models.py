@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -270,12 +271,30 @@ def check_sizes(model: FeatureModel, name: str, sizes: Iterable[int], key: str) 
             raise ValueError(f"{key}: got {size}, but {error}") from None
 
 
+def check_training(model: FeatureModel, name: str, sizes: Iterable[int]) -> None:
+    """Let a copy of a student, which works for evaluation, look at two black images of each size as in training.
+
+    Networks with auxiliary classifiers give another output then, or need larger images. Raises ValueError.
+    """
+    student = copy.deepcopy(model).train()  # statistics of BatchNorm move
+    for size in sorted(set(sizes)):
+        try:
+            _look(student, size, name, images=2)
+        except ValueError as error:
+            raise ValueError(
+                f"student.model: works for evaluation and not for training: {error}. If it has auxiliary classifiers, give "
+                "a function that builds it without: student.model: path/to/file.py:student, and in the file: "
+                "def student(num_classes): return torchvision.models.googlenet(num_classes=num_classes, aux_logits=False)"
+            ) from None
+
+
 @torch.no_grad()
-def _look(network: nn.Module, size: int, name: str) -> Any:
+def _look(network: nn.Module, size: int, name: str, images: int = 1) -> Any:
+    """What a network gives for some black images; for a single one as in evaluation, whatever its mode."""
     training, device = network.training, next((each.device for each in network.parameters()), None)
     try:
         with torch.random.fork_rng(devices=[]):
-            return network.eval()(torch.zeros(1, 3, size, size, device=device))
+            return network.train(training and images > 1)(torch.zeros(images, 3, size, size, device=device))
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise ValueError(f"{name} fails with images of {size} x {size} px: {lines[0]}") from None

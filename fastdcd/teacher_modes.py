@@ -30,11 +30,6 @@ log = logging.getLogger("fastdcd")
 class TeacherMode(Protocol):
     """Knowledge of the teacher, batch by batch."""
 
-    @property
-    def images_seen(self) -> int:
-        """Images the teacher looked at in training, since this process began."""
-        ...
-
     def begin(self, view: int) -> int | None:
         """Prepare an epoch that shows `view`. Returns the image size the teacher must see, or None if it looks at
         nothing."""
@@ -62,8 +57,6 @@ class TeacherMode(Protocol):
 class NoTeacher:
     """Training without a teacher."""
 
-    images_seen = 0
-
     def begin(self, view: int) -> int | None:
         return None
 
@@ -90,7 +83,6 @@ class OnlineTeacher(NoTeacher):
         return self.teacher.size
 
     def outputs(self, batch: Batch, rows: Tensor | None) -> ModelOutput:
-        self.images_seen += len(batch.ids)
         features = self.teacher.features(batch.at(self.teacher.size))
         return ModelOutput(features, self.teacher.logits(features))
 
@@ -238,10 +230,6 @@ class FillingTeacher:
         """Both modes are of one cache; `lock` is the first process's right to write."""
         self.online, self.cached, self._lock = online, cached, lock
         self.current: StoringTeacher | CachedTeacher = online
-
-    @property
-    def images_seen(self) -> int:
-        return self.online.images_seen
 
     def begin(self, view: int) -> int | None:
         if self.cached.cache.view(view).complete():

@@ -71,12 +71,11 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
         facts = start_summary.facts(cfg, accelerator, train_set, val_set, module, teacher, teacher_accuracy)
         accelerator.print(start_summary.text(cfg, facts))
         watch = Stopwatch(progress.seconds)
-        teacher_images = progress.teacher_images  # of the processes before this one
         accuracy: Accuracy | None = None
         averaged: Accuracy | None = None  # of the student's moving average
 
         def now() -> Progress:
-            return replace(progress, seconds=watch.seconds, teacher_images=teacher_images + mode.images_seen)
+            return replace(progress, seconds=watch.seconds)
 
         def save() -> None:
             mode.flush()
@@ -120,7 +119,7 @@ def _train(cfg: Config, accelerator: Accelerator, saved: Saved | None) -> dict[s
                 step(images, labels, teacher_outputs, mixed=batch.mixed, rows=rows, number=progress.step)
 
                 watch.count(rows)
-                progress = replace(progress, step=progress.step + 1, step_in_epoch=progress.step_in_epoch + 1)
+                progress = progress.after_step(teacher_images=rows if teacher_size else 0)
                 bar.update()
                 last = progress.step_in_epoch == plan.steps
                 if progress.step % cfg.train.log_every == 0 or last:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
 import queue
+import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +20,9 @@ from pipelines.base import Batch
 
 # Batches ready on the device before the step that uses them: one in use, one complete, one on its way.
 DEPTH = 2
+
+PATIENCE = 1800.0  # seconds without a batch, as long as processes wait for each other (train.timeout)
+TICK = 5.0  # seconds
 
 Item = tuple[Batch, Tensor | None]
 
@@ -28,16 +36,32 @@ def prefetch(
     none of it delays a step. On the CPU the cores belong to the step, and there is nothing to
     copy: batches are made when asked for.
 
+    A batch that does not come for PATIENCE seconds ends the process with one line.
+
     Args:
         batches: from Loader.epoch; closed when this generator is.
-        lookup: host rows [n, ...] for ids int64 [n], or None.
+        read_cached: host rows [n, ...] for ids int64 [n], or None.
         device: where the step runs.
     """
-    if device.type != "cuda":
-        for batch in batches:
-            yield batch.augmented(), read_cached(batch.ids)
-        return
-    yield from _on_stream(batches, read_cached, device)
+    made = _on_host(batches, read_cached) if device.type != "cuda" else _on_stream(batches, read_cached, device)
+    try:
+        while True:
+            with _patience():
+                item = next(made, None)
+            if item is None:
+                return
+            yield item
+            del item  # not kept while the next one is made
+    finally:
+        with _patience():
+            made.close()
+
+
+def _on_host(
+    batches: Iterator[Batch], read_cached: Callable[[Tensor], Tensor | None]
+) -> Generator[Item, None, None]:
+    for batch in batches:
+        yield batch.augmented(), read_cached(batch.ids)
 
 
 @functools.cache
@@ -108,3 +132,56 @@ def _on_stream(
     finally:
         stop.set()
         thread.join()
+
+
+class _Wait:
+    """One wait for a batch."""
+
+    ticks = 0
+
+
+class _Watcher(threading.Thread):
+    """Ends the process when a batch has been waited for too long.
+
+    A thread that reads from a dead file server is stuck in the kernel: it cannot be told to stop, and whoever waits for
+    it cannot leave either. Time is counted in ticks of this thread: a process that was stopped meanwhile loses none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="patience", daemon=True)
+        self.waits: set[_Wait] = set()
+
+    def run(self) -> None:
+        while True:
+            time.sleep(TICK)
+            for wait in self.waits.copy():
+                wait.ticks += 1
+                if wait.ticks * TICK >= PATIENCE and wait in self.waits:
+                    _give_up()
+
+
+_watcher: _Watcher | None = None
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Wait for a batch, for PATIENCE seconds at most."""
+    global _watcher
+    if _watcher is None or not _watcher.is_alive():  # a forked process has no threads
+        _watcher = _Watcher()
+        _watcher.start()
+    waits, wait = _watcher.waits, _Wait()
+    waits.add(wait)
+    try:
+        yield
+    finally:
+        waits.discard(wait)
+
+
+def _give_up() -> None:
+    text = (
+        f"{Path(sys.argv[0]).name}: failed: no batch came for {PATIENCE / 60:.0f} minutes: the storage hangs, perhaps; "
+        "the same command continues from what is saved (train: --resume auto)\n"
+    )
+    os.write(2, text.encode(errors="replace"))
+    os._exit(1)

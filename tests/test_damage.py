@@ -180,6 +180,95 @@ def overwrite(path: Path, place: int, byte: int) -> None:
         file.write(bytes([byte]))
 
 
+# ---- verify
+
+VERIFY = "tools/verify.py"
+VERIFIED = {
+    "resident": ["resident/images.npy", "resident/crc32.npy", "resident/labels.npy", "resident/names.txt"],
+    "shards": [
+        "shards/shard-000000.tar",
+        "shards/shard-000001.tar",
+        "shards/shard-000000.idx",
+        "shards/index/crc32.npy",
+    ],
+    "set.beton": ["set.beton", "set.beton.index/lengths.npy", "set.beton.index/crc32.npy"],
+    "cache": [
+        "cache/view-000.npy",
+        "cache/view-001.npy",
+        "cache/view-001.crc32.npy",
+        "cache/classifier.safetensors",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", VERIFIED)
+def test_verify_finds_every_flip(sets: Path, name: str) -> None:
+    ran = run_program(VERIFY, sets / name)
+    assert ran.code == 0 and "all checksums match" in ran.out and str(sets / name) in ran.out, ran.err
+    rng = np.random.default_rng(1)
+    for file in VERIFIED[name]:
+        path, data = sets / file, (sets / file).read_bytes()
+        for place in rng.choice(places_that_count(path, data), 5).tolist():
+            overwrite(path, place, data[place] ^ (1 << int(rng.integers(8))))
+            ran = run_program(VERIFY, sets / name)
+            overwrite(path, place, data[place])
+            assert ran.code == 2 and ran.err.count("\n") == 1, (file, place, ran.out, ran.err)
+            assert f"failed verification: {sets / name}" in ran.err
+            assert str(sets / name) in ran.out and len(ran.out.splitlines()) <= 2
+    assert run_program(VERIFY, sets / name).code == 0
+
+
+def flip(path: Path, place: int) -> None:
+    overwrite(path, place, path.read_bytes()[place] ^ 1)
+
+
+def places_that_count(path: Path, data: bytes) -> NDArray[np.intp]:
+    """Bytes of a file that are not padding; of a .beton those of its images (its header is FFCV's, and has no sum)."""
+    places = np.flatnonzero(np.frombuffer(data, np.uint8))
+    if path.suffix == ".beton":
+        index = DatasetIndex.load(path.with_name(f"{path.name}.index"))
+        assert index.offsets is not None and index.lengths is not None
+        inside = [(places >= a) & (places < a + n) for a, n in zip(index.offsets, index.lengths, strict=True)]
+        return places[np.any(inside, axis=0)]
+    if path.suffix == ".tar":
+        return places[places % 512 < 148]  # not the sum in a header, whose zero may be a blank as well
+    return places
+
+
+def test_verify_names_the_sample_and_goes_on(sets: Path, tmp_path: Path) -> None:
+    """All sets in a folder, all that is wrong with each."""
+    for name in ("resident", "shards", "cache"):
+        shutil.copytree(sets / name, tmp_path / "all" / name)
+    index = DatasetIndex.load(sets / "shards" / "index")
+    assert index.offsets is not None
+    for sample in (3, 5):
+        flip(tmp_path / "all/shards/shard-000000.tar", int(index.offsets[sample]) + 100)
+    (tmp_path / "all/shards/shard-000001.idx").unlink()
+    (tmp_path / "all/resident/images.npy").write_bytes(b"")
+    ran = run_program(VERIFY, tmp_path / "all", tmp_path / "all" / "cache")
+    lines = ran.out.splitlines()
+    assert ran.code == 2 and len(lines) == 5, ran.out
+    assert "images.npy: damaged or cut off" in lines[0]
+    assert all(f"shard-000000.tar: {index.names[k]} (sample {k})" in lines[n] for n, k in ((1, 3), (2, 5)))
+    assert "shard-000001.idx: no such file" in lines[3] and "2 of 2 views are complete" in lines[4]
+    assert ran.err.count(str(tmp_path)) == 2
+
+
+def test_verify_of_what_has_no_checksums(tmp_path: Path) -> None:
+    """Image folders; sets that version 0.1.0 converted. Its shards have a sum each."""
+    v0 = ROOT / "tests" / "data" / "v0"
+    for path, says in ((v0 / "images", "nothing here has checksums"), (tmp_path / "x", "no such file or folder")):
+        ran = run_program(VERIFY, path)
+        assert ran.code == 2 and says in ran.err and ran.err.count("\n") == 1
+    ran = run_program(VERIFY, v0 / "resident")
+    assert ran.code == 2 and "before images were summed" in ran.out
+    assert run_program(VERIFY, v0 / "shards").code == 0
+    shutil.copytree(v0 / "shards", tmp_path / "shards")
+    flip(tmp_path / "shards" / "shard-000001.tar", 700)
+    ran = run_program(VERIFY, tmp_path / "shards")
+    assert ran.code == 2 and "shard-000001.tar: fails its checksum" in ran.out
+
+
 # ---- malformed on purpose
 
 

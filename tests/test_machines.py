@@ -4,12 +4,17 @@ import logging
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
+from pipelines import prefetch as prefetching
+from pipelines.base import Batch
 from pipelines.image_folder import index_image_folder, user_cache
 
 ASCII = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
@@ -124,3 +129,30 @@ def test_an_image_that_was_replaced_makes_the_index_anew(folder: Path, tmp_path:
     second = index_image_folder(folder, cache=tmp_path / "cache")
     row = list(first.names).index("n02/b.png")
     assert first.sizes[row].tolist() == [8, 9] and second.sizes[row].tolist() == [9, 8]
+
+
+def test_a_batch_that_never_comes_ends_the_process_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A thread that reads from a dead file server cannot be stopped. Slow steps between batches are not counted."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(prefetching, "TICK", 0.02)
+    monkeypatch.setattr(prefetching, "PATIENCE", 0.2)
+    monkeypatch.setattr(prefetching, "_watcher", None)
+    ids = torch.arange(2)
+
+    def batches(seconds: float) -> Iterator[Batch]:
+        for _ in range(2):
+            yield Batch(images=(torch.zeros(2, 3, 4, 4, dtype=torch.uint8),), labels=ids, ids=ids)
+            time.sleep(seconds)
+
+    def show(storage: float, step: float) -> None:
+        for _ in prefetching.prefetch(batches(storage), lambda ids: None, torch.device("cpu")):
+            time.sleep(step)
+
+    show(storage=0, step=0.4)
+    assert codes == [] and capfd.readouterr().err == ""
+    show(storage=1.0, step=0)
+    assert codes and set(codes) == {1}
+    assert "no batch came for 0 minutes: the storage hangs, perhaps" in capfd.readouterr().err.splitlines()[0]

@@ -314,6 +314,50 @@ def test_a_size_that_a_network_does_not_take_is_one_line_with_its_key(digits: Di
     assert not (tmp_path / "run").exists()
 
 
+ONLY_EVALUATES = """
+from torch import nn
+
+class Two(nn.Sequential):
+    def forward(self, x):
+        out = super().forward(x)
+        return {"out": out} if self.training else out
+
+def student(num_classes):
+    return Two(nn.Flatten(), nn.Linear(192, 4), nn.Linear(4, num_classes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "says"),
+    [
+        ("torchvision:googlenet", 96, ""),
+        ("torchvision:inception_v3", 80, ""),
+        ("two.py:student", 8, "gives dict before its classifier"),
+    ],
+)
+def test_a_student_that_gives_something_else_in_training_is_refused_before_it(
+    digits: Digits, tmp_path: Path, name: str, size: int, says: str
+) -> None:
+    (tmp_path / "two.py").write_text(ONLY_EVALUATES)
+    name = name if name.startswith("torchvision") else f"{tmp_path}/{name}"
+    file = digits.file(tmp_path / "x.yaml", student={"model": name, "image_size": size}, teacher={"mode": "none"})
+    ran = run_program("fastdcd/train.py", "--config", file)
+    assert ran.code == 2 and ran.err.count("\n") == 1, ran.err
+    assert "student.model: works for evaluation and not for training" in ran.err and says in ran.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_without_its_auxiliary_classifiers_it_trains(tmp_path: Path) -> None:
+    """As the message says."""
+    (tmp_path / "own.py").write_text(
+        "import torchvision\n"
+        "def student(num_classes): "
+        "return torchvision.models.googlenet(num_classes=num_classes, aux_logits=False, init_weights=False)\n"
+    )
+    model = models.build(f"{tmp_path}/own.py:student", classes=7)
+    models.check_training(model, "own.py:student", [64])
+
+
 # What is known of a published checkpoint's preprocessing is in its library: ours must be the same for every one.
 
 

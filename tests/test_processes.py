@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -138,6 +139,9 @@ def test_any_number_of_processes_trains_alike(digits: Digits, students: Path, tm
         metric_lines(folder / "run", "eval")[-1] for folder in (tmp_path / "parts", tmp_path / "whole")
     )
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    for name in ("whole", "parts"):
+        summary = json.loads((tmp_path / name / "run" / "summary.json").read_text())
+        assert summary["teacher_images"] == 5 * 500, "of all processes"
 
 
 def test_sync_bn_says_where_it_works(digits: Digits, tmp_path: Path) -> None:
@@ -289,6 +293,54 @@ def test_a_checkpoint_waits_for_the_rows_of_all_processes(digits: Digits, tmp_pa
     )
     run(2, ranks.fill_with_a_slow_rank, file)
     assert int((tmp_path / "done").read_text()) == 3 * 64
+
+
+KILLS = int(os.environ.get("FASTDCD_KILLS", "3"))
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_survive_kills(digits: Digits, students: Path, tmp_path: Path) -> None:
+    """Both are killed, one before the other, while they train and fill their cache: all ends as if nothing had
+    happened, bit for bit."""
+    moments, epochs, views = random.Random(2407), 12, 8
+    files = {}
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        files[name] = digits.file(
+            tmp_path / name / "x.yaml",
+            student={"model": f"{students}:plain"},
+            loss=BOTH,
+            teacher={"mode": "fill"},
+            views={"count": views},
+            cache={"path": str(tmp_path / name / "cache")},
+            train={"epochs": epochs, "checkpoint_every": 2},
+            eval={"every": 4},
+        )
+    run(2, ranks.run_training, files["whole"], [])
+    checkpoints = tmp_path / "parts" / "run" / "checkpoints"
+    for number in range(KILLS):
+        step = int((number + moments.random()) / (KILLS + 1) * epochs * 8)
+        processes = start(2, ranks.run_training, files["parts"], ["train.resume=auto"])
+        while all(each.is_alive() for each in processes) and newest_step(checkpoints) <= step:
+            time.sleep(0.001)
+        for process in moments.sample(processes, 2):
+            time.sleep(moments.uniform(0, 0.02))
+            assert process.is_alive() or process.exitcode, "it ended before it was killed"
+            process.kill()
+        for process in processes:
+            process.join(60)
+    run(2, ranks.run_training, files["parts"], ["train.resume=auto"])
+    for pattern in ("run/student.safetensors", "cache/view-*", "cache/manifest.json"):
+        found = {path.name: path.read_bytes() for path in (tmp_path / "parts").glob(pattern)}
+        assert found and found == {path.name: path.read_bytes() for path in (tmp_path / "whole").glob(pattern)}
+    ours, theirs = (tmp_path / name / "run" for name in ("parts", "whole"))
+    assert metric_lines(ours, "eval") == metric_lines(theirs, "eval")
+    summaries = [json.loads((each / "summary.json").read_text()) for each in (ours, theirs)]
+    assert summaries[0]["teacher_images"] == summaries[1]["teacher_images"] == views * 500
+
+
+def newest_step(checkpoints: Path) -> int:
+    return max((int(path.stem.split("-")[1]) for path in checkpoints.glob("step-*.pt")), default=0)
 
 
 # ---- launchers ----------------------------------------------------------------------------------------------------

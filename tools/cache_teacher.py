@@ -70,16 +70,9 @@ def verify(cfg: config.Config, arguments: argparse.Namespace) -> int:
     if cfg.cache.path is None:
         raise ValueError("cache.path is missing; set it in the config or with --set cache.path=...")
     found = verifying.verify(TeacherCache.open(cfg.cache.path))
-    for view, blocks in found.damaged.items():
-        rows = ", ".join(f"{block.start}-{block.stop - 1}" for block in blocks[:5])
-        print(f"view {view}: {len(blocks)} blocks fail their checksum, rows {rows}{' ...' if blocks[5:] else ''}")
-    if found.classifier:
-        print(found.classifier)
-    if found.damaged or found.classifier:
-        print("write them again: python tools/cache_teacher.py fill --repair --config ...")
-        return 1
-    print(f"{cfg.cache.path}: {found.complete} of {found.views} views are complete, every block as it was written")
-    return 0
+    wrong = found.wrong(cfg.cache.path)
+    print("\n".join(wrong or [f"{cfg.cache.path}: {found.summary}"]))
+    return 1 if wrong else 0
 
 
 def _table(found: dict[str, Any]) -> str:

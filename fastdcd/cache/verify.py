@@ -55,6 +55,26 @@ class Verified(NamedTuple):
     damaged: dict[int, list[range]]
     classifier: str
 
+    def wrong(self, path: Path) -> list[str]:
+        """What of the cache at `path` is damaged and how to mend it, a line each; none if nothing is."""
+        lines = []
+        for view, blocks in self.damaged.items():
+            rows = ", ".join(f"{block.start}-{block.stop - 1}" for block in blocks[:5])
+            more = " ..." if blocks[5:] else ""
+            lines.append(f"{path}: view {view}: {len(blocks)} blocks fail their checksum, rows {rows}{more}")
+        lines += [self.classifier] if self.classifier else []
+        return lines and [*lines, "write them again: python tools/cache_teacher.py fill --repair --config ..."]
+
+    @property
+    def summary(self) -> str:
+        """What to say if nothing is wrong."""
+        return f"{self.complete} of {self.views} views are complete, all checksums match"
+
+
+def is_cache(path: Path) -> bool:
+    """Whether `path` looks like the folder of a teacher cache, damaged or not."""
+    return (path / "classifier.safetensors").is_file() or any(path.glob("view-*.npy"))
+
 
 def verify(cache: TeacherCache) -> Verified:
     """Compare all complete views and the classifier of a cache with their checksums."""

@@ -38,6 +38,7 @@ SHARD = 1000  # sources a tar
 _LOCK = ".convert"  # a file of this name, and of each part's number, while an output is written
 _CHUNK = 8  # sources a worker takes at a time
 _SAMPLE = 32  # sources that an estimate encodes
+PATIENCE = 600.0  # seconds without a result from any worker, after which storage hangs
 
 R = TypeVar("R")
 Encode = Callable[[Source, int], R]  # (source, position) -> record; ValueError if it cannot be decoded
@@ -92,7 +93,7 @@ def encoded(
 
     torch's DataLoader is the pool: it keeps the order and holds back workers that are too far ahead.
 
-    Raises OSError if a source cannot be read.
+    Raises OSError if a source cannot be read, RuntimeError if a worker is lost, or gives nothing for PATIENCE seconds.
     """
     chunks = [each[start : start + _CHUNK] for each in ranges for start in range(0, len(each), _CHUNK)]
     loader = DataLoader(
@@ -103,6 +104,7 @@ def encoded(
         num_workers=min(workers, len(chunks)),
         prefetch_factor=4 if workers and chunks else None,
         worker_init_fn=functools.partial(_die_with_parent, os.getpid()),
+        timeout=PATIENCE if workers and chunks else 0,
     )
     for outcomes in loader:
         for outcome in outcomes:

@@ -13,16 +13,14 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 
 from pipelines.conversion.encode import Source, Storage, encode_jpeg
 from pipelines.conversion.journal import Reject
 from pipelines.files import read_text, replace_file, write_json
-from pipelines.formats.checked import Record, parse_record, read_array, read_record
-from pipelines.formats.shards import BLOCK, INDEX, shard_path
+from pipelines.formats.checked import Record, parse_record, read_array
+from pipelines.formats.shards import BLOCK, IDX_VERSION, INDEX, Summary, read_summary, shard_path
 from pipelines.index import DatasetIndex
-
-_IDX_VERSION = "v1.2"  # nvidia-dali's wds2idx.IndexCreator.index_file_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +87,7 @@ def write_shard(folder: Path, number: int, records: Iterable[ShardRecord], rejec
             checksums.append(zlib.crc32(record.data))
         file.write(bytes(2 * BLOCK))  # a tar ends with two blocks of zeros
         with replace_file(path.with_suffix(".idx")) as index:
-            index.write("\n".join([f"{_IDX_VERSION} {len(lines)}", *lines, ""]).encode())
+            index.write("\n".join([f"{IDX_VERSION} {len(lines)}", *lines, ""]).encode())
         with replace_file(_checksums_path(path)) as sums:
             np.save(sums, np.array(checksums, np.uint32), allow_pickle=False)
         bad = [[reject.position, reject.name, reject.reason] for reject in rejects]
@@ -99,19 +97,6 @@ def write_shard(folder: Path, number: int, records: Iterable[ShardRecord], rejec
         path.with_suffix(".idx").unlink()
         _checksums_path(path).unlink()
     return len(lines)
-
-
-class Summary(Record):
-    """What write_shard noted of a shard: samples in it, a digest of their data, rejects as in Reject."""
-
-    samples: NonNegativeInt
-    data: str
-    rejects: list[tuple[int, str, str]]
-
-
-def read_summary(path: Path) -> Summary:
-    """The .json beside a shard. Raises ValueError if it is damaged."""
-    return read_record(path, Summary, f"remove it and {path.stem}.tar, and convert again")
 
 
 def shard_done(folder: Path, number: int) -> bool:

@@ -18,16 +18,32 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import NonNegativeInt
 
+from pipelines.formats.checked import Record, read_record
 from pipelines.index import DatasetIndex
 
 INDEX = "index"
 BLOCK = tarfile.BLOCKSIZE
+IDX_VERSION = "v1.2"  # nvidia-dali's wds2idx.IndexCreator.index_file_version
 
 
 def shard_path(folder: Path, number: int) -> Path:
     """The tar of shard `number`."""
     return folder / f"shard-{number:06d}.tar"
+
+
+class Summary(Record):
+    """What was noted of a shard: samples in it, a digest of all their data; position, name, reason of each reject."""
+
+    samples: NonNegativeInt
+    data: str
+    rejects: list[tuple[int, str, str]]
+
+
+def read_summary(path: Path) -> Summary:
+    """The .json beside a shard. Raises ValueError if it is damaged."""
+    return read_record(path, Summary, f"remove it and {path.stem}.tar, and convert again")
 
 
 @dataclass(frozen=True)
