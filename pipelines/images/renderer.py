@@ -76,6 +76,8 @@ class Source(Protocol):
         """uint8 [3, H, W] of an image that the kernel does not take. Raises DecodeError."""
         ...
 
+    def close(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class Rendered:

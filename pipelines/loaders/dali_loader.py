@@ -31,9 +31,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
-from pipelines.formats.shards import INDEX
-from pipelines.formats.stored import FileSamples, PackedSamples, StoredSamples, open_shards
-from pipelines.image_folder import index_image_folder, same_classes
+from pipelines.formats.originals import open_originals
+from pipelines.formats.stored import PackedSamples, StoredSamples
 from pipelines.images import versions
 from pipelines.images.decode import Encoded, Pixels, is_plain_jpeg, read_pixels
 from pipelines.index import DatasetIndex
@@ -105,20 +104,8 @@ class DALILoader(Loader):
     @classmethod
     def open(cls, path: Path, options: LoaderOptions) -> Self:
         _import_dali()
-        if (path / INDEX / "index.json").is_file():
-            index, samples = open_shards(path)
-            if not same_classes(options.classes, index.classes):
-                raise ValueError(f"{path}: its classes differ from the list given; convert again with --classes")
-            return cls(index, samples, options)
-        if any(path.glob("shard-*.tar")):
-            raise ValueError(f"{path}: shards without an index; finish: python tools/convert.py shards SRC {path}")
-        index = index_image_folder(
-            path,
-            classes=options.classes,
-            cache=options.index_cache,
-            on_decode_error=options.on_decode_error,
-        )
-        return cls(index, FileSamples(path, index.names), options)
+        index, samples = open_originals(path, options)
+        return cls(index, samples, options)
 
     @property
     def fingerprint(self) -> Mapping[str, str]:

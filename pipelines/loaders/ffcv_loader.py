@@ -1,7 +1,8 @@
 """The FFCV loader: threads that decode and render a memory-mapped .beton, driven by the plan.
 
-The file is FFCV's, and so is its reader; the loop is our own (images/renderer.py). FFCV's Loader cannot run a plan: it draws its crops itself, hangs when its thread fails,
-hands out views of a ring that it overwrites, returns a damaged JPEG as noise, and touches every GPU.
+The file is FFCV's, and so is its reader; the loop is our own (images/renderer.py). FFCV's Loader cannot run a plan:
+it draws its crops itself, hangs when its thread fails, hands out views of a ring that it overwrites, returns a damaged
+JPEG as noise, and touches every GPU.
 
 Sets larger than memory: pages of the mapped file belong to the system's page cache, which gives them up
 when memory is short. The system then reads just the images of the batches in the making, asked for ahead: by itself
@@ -13,24 +14,23 @@ machine.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
+from pipelines.base import DecodeError, LoaderOptions
 from pipelines.files import fits_in_memory
 from pipelines.formats.beton import BetonLayout, index_folder, read_layout
 from pipelines.formats.stored import CHANGED, BetonSamples
 from pipelines.image_folder import same_classes
 from pipelines.images import versions
-from pipelines.images.renderer import Renderer, StoredImages, turbojpeg
+from pipelines.images.rendered_loader import RenderedLoader
+from pipelines.images.renderer import StoredImages, turbojpeg
 from pipelines.index import DatasetIndex
-from pipelines.plan import RankPlan
 
 # Values of a teacher cache's fingerprint: another wording would refuse every cache ever filled.
 FINGERPRINT = {
@@ -40,16 +40,13 @@ FINGERPRINT = {
 }
 
 
-class FFCVLoader(Loader):
+class FFCVLoader(RenderedLoader):
     """Executes plans over a .beton file."""
 
     backend = "ffcv"
 
     def __init__(self, path: Path, layout: BetonLayout, index: DatasetIndex, options: LoaderOptions) -> None:
-        self.index, self._options = index, options
-        self._labels = torch.from_numpy(index.labels)
-        self._store = _Beton(path, layout, index)
-        self._renderer = Renderer(self._store, layout.sizes, workers=options.workers, device=options.device)
+        super().__init__(index, _Beton(path, layout, index), options)
         stored = hashlib.blake2b(digest_size=16)
         for array in (layout.sizes, layout.raw, layout.lengths):
             stored.update(np.ascontiguousarray(array).tobytes())
@@ -72,21 +69,6 @@ class FFCVLoader(Loader):
     @property
     def environment(self) -> Mapping[str, str]:
         return {"libjpeg-turbo": versions.loaded_turbojpeg()}  # the rest is our own kernel
-
-    def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
-        batches = self._renderer.run(rank_plan)
-        try:
-            for rendered in batches:
-                for error in rendered.errors:
-                    self._handle(error, self._options)
-                yield Batch(images=rendered.images, labels=self._labels[rendered.ids], ids=rendered.ids)
-        finally:
-            batches.close()
-
-    def close(self) -> None:
-        super().close()
-        self._renderer.close()
-        self._store.close()
 
 
 class _Beton:

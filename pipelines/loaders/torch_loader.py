@@ -8,62 +8,37 @@ and compiled code do it: see images/renderer.py.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.base import Batch, DecodeError, Loader, LoaderOptions
-from pipelines.formats.shards import INDEX
-from pipelines.formats.stored import FileSamples, StoredSamples, open_shards
-from pipelines.image_folder import index_image_folder, same_classes
+from pipelines.base import DecodeError, LoaderOptions
+from pipelines.formats.originals import open_originals
+from pipelines.formats.stored import StoredSamples
 from pipelines.images import versions
 from pipelines.images.decode import decode
-from pipelines.images.renderer import Renderer, StoredImages
+from pipelines.images.rendered_loader import RenderedLoader
+from pipelines.images.renderer import StoredImages
 from pipelines.index import DatasetIndex
-from pipelines.plan import RankPlan
 
 # Values of a teacher cache's fingerprint: another wording would refuse every cache ever filled. The pixels of
 # Pillow and TurboJPEG are torchvision.io's.
 FINGERPRINT = {"backend": "torch", "decode": "torchvision.io", "resize": "bilinear, antialiased, uint8"}
 
 
-class TorchLoader(Loader):
+class TorchLoader(RenderedLoader):
     """Executes plans over an ImageFolder or a folder of shards."""
 
     backend = "torch"
 
-    def __init__(self, index: DatasetIndex, samples: StoredSamples, options: LoaderOptions) -> None:
-        self.index, self._samples, self._options = index, samples, options
-        self._labels = torch.from_numpy(index.labels)
-        source = _Images(samples, index)
-        self._renderer = Renderer(source, index.sizes, workers=options.workers, device=options.device)
-
     @classmethod
     def open(cls, path: Path, options: LoaderOptions) -> Self:
-        if (path / INDEX / "index.json").is_file():
-            index, samples = open_shards(path)
-            if not same_classes(options.classes, index.classes):
-                raise ValueError(f"{path}: its classes differ from the list given; convert again with --classes")
-            return cls(index, samples, options)
-        if any(path.glob("shard-*.tar")):
-            raise ValueError(f"{path}: shards without an index; finish: python tools/convert.py shards SRC {path}")
-        index = index_image_folder(
-            path,
-            classes=options.classes,
-            cache=options.index_cache,
-            on_decode_error=options.on_decode_error,
-        )
-        return cls.of_folder(path, index, options)
-
-    @classmethod
-    def of_folder(cls, root: Path, index: DatasetIndex, options: LoaderOptions) -> Self:
-        """Execute plans over the files of `index`, whose names are relative to `root`."""
-        return cls(index, FileSamples(root, index.names), options)
+        index, samples = open_originals(path, options)
+        return cls(index, _Images(samples, index), options)
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
@@ -76,21 +51,6 @@ class TorchLoader(Loader):
     @property
     def environment(self) -> Mapping[str, str]:
         return versions.installed("torchvision", "pillow")  # each brings its own libjpeg-turbo
-
-    def _execute(self, rank_plan: RankPlan) -> Generator[Batch, None, None]:
-        batches = self._renderer.run(rank_plan)
-        try:
-            for rendered in batches:
-                for error in rendered.errors:
-                    self._handle(error, self._options)
-                yield Batch(images=rendered.images, labels=self._labels[rendered.ids], ids=rendered.ids)
-        finally:
-            batches.close()
-
-    def close(self) -> None:
-        super().close()
-        self._renderer.close()
-        self._samples.close()
 
 
 class _Images:
@@ -122,3 +82,6 @@ class _Images:
                 "index was made: it has been replaced; start again to rebuild the index",
             )
         return image
+
+    def close(self) -> None:
+        self._samples.close()
