@@ -48,12 +48,12 @@ $(VENV)/.ready: constraints.txt pyproject.toml | $(VENV)/bin/python
 	$(PIP) -e '.[demo]'
 	@touch $@
 
-$(VENV)/.ready-test: $(VENV)/.ready tools/system_packages.sh
+$(VENV)/.ready-test: $(VENV)/.ready tools/system_packages.sh pipelines/images/jpeg_box.c
 	sh tools/system_packages.sh
 	$(PIP) -e '.[all,dev]'
 	@touch $@
 
-.venv-oldest/.ready: constraints-oldest.txt pyproject.toml tools/system_packages.sh
+.venv-oldest/.ready: constraints-oldest.txt pyproject.toml tools/system_packages.sh pipelines/images/jpeg_box.c
 	$(PYTHON) -m venv .venv-oldest
 	sh tools/system_packages.sh
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[all,dev]'

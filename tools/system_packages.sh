@@ -1,8 +1,9 @@
 #!/bin/sh
-# FFCV is built from source against OpenCV and libjpeg-turbo; tests need iproute2 (two machines) and chromium (pages).
+# FFCV is built from source against OpenCV and libjpeg-turbo, pipelines/images/jpeg_box.c against the latter; tests
+# need iproute2 (two machines) and chromium (pages).
 set -eu
 missing=""
-for package in pkg-config libopencv-dev libturbojpeg0-dev g++ iproute2 chromium; do
+for package in pkg-config libopencv-dev libturbojpeg0-dev libjpeg-dev g++ iproute2 chromium; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing="$missing $package"
 done
 [ -z "$missing" ] && exit 0

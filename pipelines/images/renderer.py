@@ -2,7 +2,8 @@
 
 JPEGs go through the compiled kernel (renderer_kernel.py), which holds no GIL: one process, no shared memory, no copies
 between processes. What the kernel does not take (PNG, CMYK, damaged files, ...) its source decodes, more slowly, into
-the same bytes as ever; so does everything where TurboJPEG is not installed.
+the same bytes as ever; so does everything where TurboJPEG is not installed. Of JPEGs only the box is decoded, if
+jpeg_box.c was built; a file damaged below its box is then shown as if it were not, which the box's pixels are.
 
 Threads of their own read the encoded images, so that no decoder waits for the storage. Memory holds AHEAD batches,
 their encoded images, and one decoded image per thread.
@@ -20,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -226,6 +228,7 @@ class _Decoders:
             from pipelines.images.renderer_kernel import render_samples
 
             self._kernel = render_samples
+            self._decode_box = box_decoder()
             self._decompress = ctypes.cast(self._library.tjDecompress2, ctypes.c_void_p).value
 
     def render(
@@ -245,6 +248,7 @@ class _Decoders:
         decoder = self._of_this_thread(decoded, (int(sizes[:, 0].max()) + 1) * int(outputs.max()) * 3 + 1)
         failed = np.zeros(len(sizes), np.bool_)
         self._kernel(
+            self._decode_box,
             self._decompress,
             decoder.handle,
             stored.file,
@@ -300,3 +304,16 @@ def turbojpeg() -> ctypes.CDLL | None:
         "apt-get install libturbojpeg0 (Debian, Ubuntu) or dnf install turbojpeg (Fedora)"
     )
     return None
+
+
+@cache
+def box_decoder() -> int:
+    """Address of decode_box in jpeg_box.c; 0, with a warning, where it could not be built."""
+    with suppress(ImportError):
+        address: int = import_module("pipelines.images.jpeg_box").decode_box
+        return address
+    _log.warning(
+        "JPEGs are decoded whole, not only the box that is shown, which is slower: fastdcd was installed without "
+        "libjpeg-turbo's headers; apt-get install g++ libjpeg-dev (Debian, Ubuntu) and install fastdcd again"
+    )
+    return 0

@@ -1,8 +1,9 @@
 """The compiled inner loop of the CPU loaders: decode, crop, resize, mirror, without the GIL.
 
-JPEGs are decoded by TurboJPEG with the accurate DCT: pixels equal to Pillow's and torchvision's, at the speed of
-FFCV's fast DCT (a difference of 1 of 255 on average). Resizing repeats resize.py bit by bit. So all loaders give the
-same bytes from the same stored pixels. FFCV's own resize is OpenCV's INTER_AREA, which is a box filter when it shrinks
+JPEGs are decoded by libjpeg-turbo with the accurate DCT: pixels equal to Pillow's and torchvision's, at the speed of
+FFCV's fast DCT (a difference of 1 of 255 on average). Only the box that is shown is decoded where jpeg_box.c was built,
+the whole image by TurboJPEG elsewhere. Resizing repeats resize.py bit by bit. So all loaders give the same bytes from
+the same stored pixels. FFCV's own resize is OpenCV's INTER_AREA, which is a box filter when it shrinks
 and nearly nearest-neighbour when it enlarges: teachers tell the difference.
 
 Compiled once a machine and cached by numba. Nothing here depends on the data set, the epoch or the
@@ -27,35 +28,45 @@ _COMPILED: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False,
 
 @intrinsic
 def _decompress(typing: Any, address: Any, handle: Any, data: Any, out: Any, width: Any, height: Any) -> Any:
-    """tjDecompress2(handle, data, len(data), out, width, 0, height, TJPF_RGB, 0), at `address`.
-
-    Called by address and not by ctypes object, whose address would be compiled in and forbid caching.
-    """
+    """tjDecompress2(handle, data, len(data), out, width, 0, height, TJPF_RGB, 0), at `address`."""
     signature = types.int32(types.intp, types.intp, data, out, types.intc, types.intc)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address, handle, data, out, width, height = args
-        i8p, i32, i64 = ir.IntType(8).as_pointer(), ir.IntType(32), ir.IntType(64)
         source = context.make_array(signature.args[2])(context, builder, data)
         target = context.make_array(signature.args[3])(context, builder, out)
-        kind = ir.FunctionType(i32, [i8p, i8p, i64, i8p, i32, i32, i32, i32, i32])
-        zero = ir.Constant(i32, 0)
-        return builder.call(
-            builder.inttoptr(address, kind.as_pointer()),
-            [
-                builder.inttoptr(handle, i8p),
-                source.data,
-                source.nitems,
-                target.data,
-                width,
-                zero,
-                height,
-                zero,
-                zero,
-            ],
-        )
+        zero = ir.Constant(ir.IntType(32), 0)
+        given = [builder.inttoptr(handle, _POINTER), source.data, source.nitems, target.data]
+        return _call(builder, address, [*given, width, zero, height, zero, zero])
 
     return signature, generate
+
+
+@intrinsic
+def _decode_box(typing: Any, address: Any, data: Any, out: Any, height: Any, width: Any, box: Any) -> Any:
+    """decode_box(data, len(data), out, height, width, box) of jpeg_box.c, at `address`."""
+    signature = types.int32(types.intp, data, out, types.intc, types.intc, box)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address, data, out, height, width, box = args
+        source = context.make_array(signature.args[1])(context, builder, data)
+        target = context.make_array(signature.args[2])(context, builder, out)
+        part = context.make_array(signature.args[5])(context, builder, box)
+        return _call(builder, address, [source.data, source.nitems, target.data, height, width, part.data])
+
+    return signature, generate
+
+
+_POINTER = ir.IntType(8).as_pointer()
+
+
+def _call(builder: Any, address: Any, args: list[Any]) -> Any:
+    """A C function that returns an int.
+
+    By address and not by ctypes object, whose address would be compiled in and forbid caching.
+    """
+    kind = ir.FunctionType(ir.IntType(32), [each.type for each in args])
+    return builder.call(builder.inttoptr(address, kind.as_pointer()), args)
 
 
 @intrinsic
@@ -251,9 +262,13 @@ def _blend_rows(out, start, length, tile, first, weights, bits):  # type: ignore
 
 
 @njit(**_COMPILED)
-def _render(image, offset, height, width, box, flip, size, out, place, tile):  # type: ignore[no-untyped-def]
-    """Crop, resize and mirror one image [height, width, 3] at image[offset:] into out[place:]."""
-    top, left, crop_height, crop_width = int(box[0]), int(box[1]), int(box[2]), int(box[3])
+def _render(image, offset, part, box, flip, size, out, place, tile):  # type: ignore[no-untyped-def]
+    """Crop, resize and mirror one image into out[place:].
+
+    Of the image, image[offset:] holds `part` (top, left, height, width), which is all that `box` shows.
+    """
+    top, left, crop_height, crop_width = int(box[0] - part[0]), int(box[1] - part[1]), int(box[2]), int(box[3])
+    height, width = int(part[2]), int(part[3])
     length = size * 3
     upper, lower = max(top, 0), min(top + crop_height, height)
     if upper >= lower or left >= width or left + crop_width <= 0:
@@ -272,6 +287,22 @@ def _render(image, offset, height, width, box, flip, size, out, place, tile):  #
     first, weights, bits = _filter(crop_height, top - upper, lower - upper, size)
     for y in range(size):
         _blend_rows(out, place + y * length, length, tile, first[y], weights[y], bits)
+
+
+@njit(**_COMPILED)
+def _shown_part(boxes, row, height, width, part):  # type: ignore[no-untyped-def]
+    """Into `part`: what boxes[:, row] show of an image (top, left, height, width); all of it if they show nothing."""
+    top, left, bottom, right = height, width, 0, 0
+    for each in range(len(boxes)):
+        box = boxes[each, row]
+        upper, lower = max(int(box[0]), 0), min(int(box[0]) + int(box[2]), height)
+        first, last = max(int(box[1]), 0), min(int(box[1]) + int(box[3]), width)
+        if upper < lower and first < last:
+            top, left, bottom, right = min(top, upper), min(left, first), max(bottom, lower), max(right, last)
+    if top < bottom:
+        part[0], part[1], part[2], part[3] = top, left, bottom - top, right - left
+    else:
+        part[0], part[1], part[2], part[3] = 0, 0, height, width
 
 
 # Frame headers (ITU T.81, table B.1) that TurboJPEG and every other decoder knows: Huffman, 8 bits; C2 is progressive.
@@ -306,6 +337,7 @@ _INTS = types.int64[::1]
 _SIGNATURE = types.void(
     types.intp,
     types.intp,
+    types.intp,
     _FILE,
     _INTS,
     _INTS,
@@ -324,6 +356,7 @@ _SIGNATURE = types.void(
 
 @njit(_SIGNATURE, **_COMPILED)
 def render_samples(  # type: ignore[no-untyped-def]
+    decode_box,
     decompress,
     handle,
     file,
@@ -340,9 +373,10 @@ def render_samples(  # type: ignore[no-untyped-def]
     pixels,
     tile,
 ):
-    """Render n samples into `out`; what TurboJPEG cannot decode without a warning is black and marked in `failed`.
+    """Render n samples into `out`; what libjpeg-turbo cannot decode without a warning is black and marked in `failed`.
 
     Args:
+        decode_box: address of jpeg_box.c's function, or 0: then whole images are decoded, by TurboJPEG.
         decompress: address of tjDecompress2.
         handle: TurboJPEG decompressor of this thread.
         file: all encoded images, uint8 [bytes]. Up to five bytes beyond a raw image are read.
@@ -356,13 +390,20 @@ def render_samples(  # type: ignore[no-untyped-def]
         pixels: scratch for a decoded image: eight bytes more than the largest has.
         tile: scratch: one byte more than (1 + rows of the tallest image) * (largest size) * 3.
     """
+    part = np.empty(4, np.int32)
     for row in range(len(pointers)):
         height, width = int(stored[row, 0]), int(stored[row, 1])
         data = file[pointers[row] : pointers[row] + lengths[row]]
-        failed[row] = not raw[row] and (
-            not _is_ordinary(data, height, width)
-            or _decompress(decompress, handle, data, pixels, width, height) != 0
-        )
+        part[0], part[1], part[2], part[3] = 0, 0, height, width
+        if raw[row]:
+            failed[row] = False
+        elif not _is_ordinary(data, height, width):
+            failed[row] = True
+        elif decode_box:
+            _shown_part(boxes, row, height, width, part)
+            failed[row] = _decode_box(decode_box, data, pixels, height, width, part) != 0
+        else:
+            failed[row] = _decompress(decompress, handle, data, pixels, width, height) != 0
         for each in range(len(sizes)):
             size = sizes[each]
             place = places[each] + row * size * size * 3
@@ -370,6 +411,6 @@ def render_samples(  # type: ignore[no-untyped-def]
             if failed[row]:
                 out[place : place + size * size * 3] = 0
             elif raw[row]:
-                _render(file, pointers[row], height, width, box, flip, size, out, place, tile)
+                _render(file, pointers[row], part, box, flip, size, out, place, tile)
             else:
-                _render(pixels, 0, height, width, box, flip, size, out, place, tile)
+                _render(pixels, 0, part, box, flip, size, out, place, tile)
