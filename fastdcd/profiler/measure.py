@@ -112,6 +112,7 @@ def profile(
         loading = reading.stages(train, rank_plan, cfg, share)
         if loading:
             ceilings["loader"] = accelerator.num_processes / loading["loader"]
+        loading_cpu = reading.seconds_an_image(train, rank_plan, share / 3, time.process_time)
         ceilings |= _copies(train, rank_plan, accelerator)
         stage("evaluation")
         evaluation = _evaluation(bench, val, share)
@@ -152,6 +153,7 @@ def profile(
         "profiling_overhead": together["overhead"],
         "data_wait_seconds": together["waits"],
         "loader_seconds_an_image": loading,
+        "loader_cpu_seconds_an_image": loading_cpu if loading else None,
         "ceilings": ceilings,
         "cold": cold,
         "communication": communication,

@@ -1,8 +1,8 @@
 """What a loader's time goes to. It shows its work through its contract alone, so any backend can be asked.
 
-The same samples are asked for three times: as planned; as crops of one pixel, which are read and decoded as
-before but leave nothing to resize; and as bytes, by as many threads as the loader has workers. What one has
-over the next is the cost of augmenting, and of decoding.
+The same samples are asked for three times: as planned; as two crops of one pixel, the boxes' corners, which are read
+and decoded as before (loaders decode only what is shown) but leave nothing to resize; and as bytes, by as many threads
+as the loader has workers. What one has over the next is the cost of augmenting, and of decoding.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastdcd import experiment
 from fastdcd.config import Config
@@ -33,37 +34,50 @@ CONVERTED, CONVERTED_SIZE = 128, 256  # images of a trial conversion; their long
 TrialConversion = Callable[..., DatasetIndex]
 
 
-def seconds_an_image(loader: Loader, rank_plan: RankPlan, seconds: float) -> float:
+def seconds_an_image(
+    loader: Loader, rank_plan: RankPlan, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Steady time of an image through the whole loader, all workers at work; NaN if there is one batch only.
 
-    The first batch is not counted: it is made while nothing else is.
+    The first batch is not counted: it is made while nothing else is. By time.process_time it is the processor's time,
+    of all threads.
     """
     epoch = loader.epoch(rank_plan)
     images = 0
     try:
         next(epoch)
-        begin = time.perf_counter()
+        begin, begun = time.perf_counter(), clock()
         for number, batch in enumerate(epoch, 1):
             images += len(batch.ids)
             if number >= LEAST and time.perf_counter() - begin > seconds:
                 break
-        elapsed = time.perf_counter() - begin
+        elapsed = clock() - begun
     finally:
         epoch.close()
     return elapsed / images if images else math.nan
 
 
-def without_augmenting(rank_plan: RankPlan) -> RankPlan:
-    """The same samples as crops of one pixel."""
-    boxes = np.tile(np.array([0, 0, 1, 1], np.int32), (len(rank_plan.ids), 1))
-    crop = Crops(boxes=boxes, flips=np.zeros(len(rank_plan.ids), np.bool_), size=1)
-    return replace(rank_plan, crops=(crop,))
+def without_augmenting(rank_plan: RankPlan, sizes: NDArray[np.int32]) -> RankPlan:
+    """The same samples; of all their boxes together, the first pixel and the last one.
+
+    Args:
+        sizes: int32 [N, 2], height and width of every stored image.
+    """
+    boxes, limits = np.stack([each.boxes for each in rank_plan.crops]), sizes[rank_plan.ids] - 1
+    first = boxes[..., :2].min(0).clip(0, limits)
+    last = (boxes[..., :2] + boxes[..., 2:] - 1).max(0).clip(first, limits)
+    flips = np.zeros(len(rank_plan.ids), np.bool_)
+    crops = (
+        Crops(boxes=np.concatenate([corner, np.ones_like(corner)], 1).astype(np.int32), flips=flips, size=1)
+        for corner in (first, last)
+    )
+    return replace(rank_plan, crops=tuple(crops))
 
 
 def stages(loader: Loader, rank_plan: RankPlan, cfg: Config, seconds: float) -> dict[str, float]:
     """Seconds an image: loader (all of it), and read, decode, augment as far as the backend has them."""
     stored = open_stored(cfg.data.train, loader.index)
-    bare, threads = without_augmenting(rank_plan), max(cfg.data.workers, 1)
+    bare, threads = without_augmenting(rank_plan, loader.index.sizes), max(cfg.data.workers, 1)
     wholes, decodes, reads = [], [], []
     for _ in range(ROUNDS):  # in turns, so that what else the machine does falls on all
         wholes.append(seconds_an_image(loader, rank_plan, seconds / ROUNDS))

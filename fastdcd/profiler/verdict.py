@@ -163,15 +163,27 @@ def _data_words(stage: str) -> Callable[[Profile], str]:
     return words
 
 
+def _cores(profile: Profile) -> int:
+    """Of one process."""
+    return max((profile["about"]["cores"] or 1) // profile["about"]["processes"], 1)
+
+
+def _cores_to_feed(profile: Profile) -> float | None:
+    """How many cores' work it is to load what a process's step could take; None if it was not measured."""
+    cost = profile.get("loader_cpu_seconds_an_image")
+    return cost * _without_data(profile) / profile["about"]["processes"] if cost else None
+
+
 def _more_workers(profile: Profile) -> list[Advice]:
-    about = profile["about"]
-    cores = max((about["cores"] or 1) // about["processes"], 1)
+    about, cores, needed = profile["about"], _cores(profile), _cores_to_feed(profile)
     if about["workers"] >= cores or about["backend"] == "resident":
         return []
+    enough = f"; the step could take {needed:.1f} cores' work" if needed else ""
     # workers take the work off the step's own thread; how far that scales here is not known
     return [
         Advice(
-            text=f"decode in {cores} workers instead of {about['workers']}: this machine has {about['cores']} cores",
+            text=f"decode in {cores} workers instead of {about['workers']}: this machine has {about['cores']} cores"
+            + enough,
             settings=(f"data.workers={cores}",),
         )
     ]
@@ -505,6 +517,13 @@ def _notes(profile: Profile) -> Iterable[str]:
     if memory["device_total"] and memory["device_peak"] < 0.5 * memory["device_total"]:
         unused = human_bytes(memory["device_total"] - memory["device_peak"])
         yield f"{unused} of GPU memory are unused: room for a larger data.batch_size, or data.backend=resident"
+    if (needed := _cores_to_feed(profile)) and about["backend"] != "resident":
+        cores, rate = _cores(profile), 1 / profile["loader_cpu_seconds_an_image"]
+        yield (
+            f"loading costs a core per {rate:,.0f} images/s ({about['backend']}): without waiting, a process's step "
+            f"could take {_without_data(profile) / about['processes']:,.0f}, the work of {needed:.1f} cores; it has {cores}"
+            + (", so store smaller images or raw pixels (docs/backends.md)" if needed > cores else "")
+        )
     cold = profile["cold"]["read_seconds_an_image"]
     steps_rate = profile["images_per_second"] / about["processes"]
     if cold and cold * steps_rate > 1:
