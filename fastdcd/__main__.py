@@ -21,8 +21,11 @@ class Program(NamedTuple):
 
 # The modules of tools/ are packaged as fastdcd.tools.
 PROGRAMS = {
+    "init": Program("fastdcd.tools.init", "write a first config for your data, and say what to run next"),
     "train": Program("fastdcd.train", "train a student, with or without a teacher"),
     "convert": Program("fastdcd.tools.convert", "convert a dataset once into a format that loads fast"),
+    "push": Program("fastdcd.tools.push", "copy a dataset or a cache to an object store"),
+    "stage": Program("fastdcd.tools.stage", "copy a dataset or a cache from an object store to a local disk"),
     "cache": Program("fastdcd.tools.cache_teacher", "estimate, fill or verify a teacher cache"),
     "verify": Program("fastdcd.tools.verify", "compare all of a dataset or a cache with its checksums"),
     "profile": Program("fastdcd.tools.profile_throughput", "measure where a run's time goes and what to change"),

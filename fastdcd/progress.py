@@ -15,13 +15,29 @@ class ProgressBar:
     """tqdm on a terminal. Elsewhere a line on stderr at most every LINE_SECONDS, so that a log shows a run alive."""
 
     def __init__(
-        self, what: str, total: int, unit: str, *, initial: int = 0, shown: bool = True, leave: bool = True
+        self,
+        what: str,
+        total: int,
+        unit: str,
+        *,
+        initial: int = 0,
+        shown: bool = True,
+        leave: bool = True,
+        scaled: bool = False,
     ) -> None:
-        """`shown` is false on all processes but one; `leave` keeps a finished bar on the terminal."""
+        """`shown` is false on all processes but one; `leave` keeps a finished bar on the terminal; `scaled` writes large
+        numbers as 1.2G."""
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            desc=what, total=total, initial=initial, unit=f" {unit}", disable=not (shown and terminal), leave=leave
+            desc=what,
+            total=total,
+            initial=initial,
+            unit=unit if scaled else f" {unit}",
+            unit_scale=scaled,
+            disable=not (shown and terminal),
+            leave=leave,
         )
+        self._scaled = scaled
         self._lines = shown and not terminal
         self._what, self._unit, self._total, self._done, self._initial = what, unit, total, initial, initial
         self._begin = self._said = time.monotonic()
@@ -50,6 +66,7 @@ class ProgressBar:
             initial=self._initial,
             postfix=self._note,
             bar_format=_LINE,
+            unit_scale=self._scaled,
         )
 
     def note(self, text: str) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import mmap
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,26 @@ def user_path(text: str | Path) -> Path:
         return Path(os.path.expandvars(text)).expanduser()
     except RuntimeError:
         raise ValueError(f"{text}: there is no such home folder; write the whole path") from None
+
+
+def expand_braces(text: str) -> list[str]:
+    """train-{0000..0003}.tar and {a,b}.tar, as shells and the webdataset package expand them.
+
+    Raises ValueError for a range that is none.
+    """
+    part = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
+    if part is None:
+        return [text]
+    if part[3] is None:
+        first, last = int(part[1]), int(part[2])
+        if not 0 <= last - first < 1_000_000:
+            raise ValueError(f"{text}: {part[0]} is no range")
+        choices = [f"{number:0{len(part[1])}d}" for number in range(first, last + 1)]
+    else:
+        choices = part[3].split(",")
+    return [
+        each for choice in choices for each in expand_braces(text[: part.start()] + choice + text[part.end() :])
+    ]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: real data, and small runs of the real programs."""
 
 import contextlib
+import importlib
 import io
 import json
 import logging
@@ -8,6 +9,7 @@ import os
 import runpy
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,14 @@ def absent(reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def needed(module: str) -> Any:
+    """A module of an optional package; without it the test is skipped, and fails in CI."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        absent(f"{error}")
 
 
 @pytest.fixture(scope="session")
@@ -191,3 +201,60 @@ def metric_lines(run: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of a kind (train, eval, epoch) in a run's metrics.jsonl."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == kind]
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """A server on this machine that speaks S3, with one empty bucket."""
+
+    url: str
+    bucket: str
+    client: Any
+
+    def upload(self, folder: Path, prefix: str) -> None:
+        """Put the files of a folder there, as anybody's tool would."""
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.put(f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
+
+    def put(self, key: str, data: bytes) -> None:
+        self.client.put_object(Bucket=self.bucket, Key=key, Body=data)
+
+    def get(self, key: str) -> bytes:
+        data: bytes = self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+        return data
+
+    def keys(self) -> list[str]:
+        found = self.client.list_objects_v2(Bucket=self.bucket).get("Contents", [])
+        return [each["Key"] for each in found]
+
+
+SECRET = "a-secret-that-no-message-may-hold"
+
+
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[str]:
+    """The address of moto's server."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    server = needed("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def object_store(object_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """A bucket of its own, and an environment whose AWS credentials are good for it."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", object_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-access-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    client = needed("boto3").client("s3")
+    bucket = f"bucket-{time.monotonic_ns()}"
+    client.create_bucket(Bucket=bucket)
+    yield ObjectStore(object_server, bucket, client)

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import importlib
 import io
 import json
 import os
@@ -13,11 +12,10 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from conftest import absent, run_program
+from conftest import needed, run_program
 from PIL import Image
 
 from pipelines.base import LoaderOptions, open_loader
@@ -33,6 +31,10 @@ WORDS = ("tench, Tinca tinca", "goldfish, Carassius auratus", "great white shark
 
 @pytest.fixture(scope="module")
 def images(photographs: list[Path]) -> dict[str, bytes]:
+    return small_images(photographs)
+
+
+def small_images(photographs: list[Path]) -> dict[str, bytes]:
     """Twelve small JPEGs of three classes, named as ImageNet's: n01440764/n01440764_7.JPEG."""
     files = {}
     for number, path in enumerate(photographs[:12]):
@@ -62,13 +64,6 @@ def tar(path: Path, files: Iterable[tuple[str, bytes]], mode: str = "w") -> Path
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return path
-
-
-def needed(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        absent(f"{error}")
 
 
 def validation_names(images: Images) -> dict[str, tuple[str, bytes]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ if __name__ == "__main__":  # run by path: import from the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from fastdcd import cli
+from fastdcd.remote import staging
+from fastdcd.remote.address import is_url
 from pipelines.conversion.encode import Storage
 from pipelines.conversion.job import SHARD, WHOLE, Job, Part, to_beton, to_resident, to_shards
 from pipelines.conversion.journal import REJECTS
@@ -29,7 +32,8 @@ _EPILOG = """example:
 
 SRC is class folders, in a folder, tar or zip (also ImageNet's tar of tars); Kaggle's or torchvision's ImageNet; Tiny
 ImageNet; WebDataset tars; Hugging Face parquet files; or CIFAR's archive (.../train or .../test): docs/convert.md.
-A root with train/ and val/ becomes OUT/train and OUT/val. Killed at any moment, the same command resumes.
+An address (hf://datasets/OWNER/NAME, s3://, gs://, https://) is first copied to OUT.source. A root with train/ and
+val/ becomes OUT/train and OUT/val. Killed at any moment, the same command resumes.
 """
 
 
@@ -37,11 +41,27 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def _source(text: str) -> Path | str:
+    """A path, or an address as it is: a path would lose one of its slashes."""
+    return text if is_url(text) else user_path(text)
+
+
+def _local(arguments: argparse.Namespace) -> Path:
+    """The source on a local disk: an address is staged first, beside the output."""
+    if isinstance(arguments.source, Path):
+        return arguments.source
+    folder = arguments.stage or arguments.out.with_name(f"{arguments.out.name}.source")
+    staged = staging.stage(arguments.source, folder)
+    _say(f"{folder}: {staged}; not needed any more once the conversion is done")
+    return staged.path
+
+
 def _sets(arguments: argparse.Namespace, suffix: str) -> Iterator[tuple[Sources, Path]]:
     """What to convert, and where to: the source, or each set in it with the classes of the first."""
     classes: Sequence[str] | None = read_classes(arguments.classes) if arguments.classes else None
-    sets = find_sets(arguments.source)
-    for name, path in sets.items() or [("", arguments.source)]:
+    source = _local(arguments)
+    sets = find_sets(source)
+    for name, path in sets.items() or [("", source)]:
         try:
             sources = open_sources(path, classes, first_label=arguments.first_label)
         except ValueError as error:
@@ -66,6 +86,7 @@ def _convert(
     folder: Callable[[Path], Path] = lambda out: out,
     suffix: str = "",
 ) -> int:
+    several = False
     for sources, out in _sets(arguments, suffix):
         job = Job(
             sources=sources,
@@ -76,6 +97,10 @@ def _convert(
             empty_classes=arguments.empty_classes,
         )
         _report(job, folder(out), convert(job))
+        several = several or out != arguments.out
+    root = arguments.out if several else arguments.out.parent
+    if all((root / f"{name}{suffix}").exists() for name in ("train", "val")):
+        _say(f"next: fastdcd init {shlex.quote(str(root))}")
     return 0
 
 
@@ -147,7 +172,16 @@ def main() -> int:
     formats = parser.add_subparsers(dest="format", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "source", type=user_path, metavar="SRC", help="class folders, an archive, shards (see convert.py -h)"
+        "source",
+        type=_source,
+        metavar="SRC",
+        help="class folders, an archive, shards, an address (see convert.py -h)",
+    )
+    common.add_argument(
+        "--stage",
+        type=user_path,
+        metavar="DIR",
+        help="where SRC is copied to if it is an address (default OUT.source)",
     )
     common.add_argument("--classes", type=user_path, metavar="FILE", help="class names in label order, one a line")
     common.add_argument(

@@ -41,7 +41,7 @@ from pipelines.conversion.sources.web_dataset import (
     most_common_suffixes,
     open_web_dataset,
 )
-from pipelines.files import open_file
+from pipelines.files import expand_braces, open_file
 from pipelines.formats.shards import INDEX
 from pipelines.image_folder import IMAGE_SUFFIXES, SETS, is_hidden
 from pipelines.index import DatasetIndex
@@ -141,25 +141,10 @@ def _matches(path: Path) -> list[Path]:
     """The files that a pattern names, sorted; [] if it is none. Raises ValueError if it names nothing."""
     if path.exists() or not re.search(r"[*?\[{]", str(path)):
         return []
-    found = sorted({Path(name) for each in _braces(str(path)) for name in glob.glob(each)})  # noqa: PTH207
+    found = sorted({Path(name) for each in expand_braces(str(path)) for name in glob.glob(each)})  # noqa: PTH207
     if not found:
         raise ValueError(f"{path}: no such file or folder, and no file matches")
     return found
-
-
-def _braces(text: str) -> list[str]:
-    """train-{0000..0003}.tar and {a,b}.tar, as shells and the webdataset package expand them."""
-    part = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
-    if part is None:
-        return [text]
-    if part[3] is None:
-        first, last = int(part[1]), int(part[2])
-        if not 0 <= last - first < 1_000_000:
-            raise ValueError(f"{text}: {part[0]} is no range")
-        choices = [f"{number:0{len(part[1])}d}" for number in range(first, last + 1)]
-    else:
-        choices = part[3].split(",")
-    return [each for choice in choices for each in _braces(text[: part.start()] + choice + text[part.end() :])]
 
 
 def _split(path: Path) -> tuple[Path, str]:
