@@ -77,6 +77,21 @@ def fetch(model: str, checkpoint: Path, key: str, say: Callable[[str], object]) 
     return path
 
 
+def check_published(model: str, key: str) -> None:
+    """Raises ValueError if neither timm nor torchvision publishes weights for a model; fetches nothing."""
+    _of_library(model, key)
+
+
+def input_size(model: str) -> int:
+    """The image size that a model's published weights were trained at, pixels."""
+    library, _, name = model.partition(":")
+    if library == "timm":
+        import timm
+
+        return int(timm.get_pretrained_cfg(name).input_size[-1])
+    return 224
+
+
 def _of_library(model: str, key: str) -> _Hub | _Url:
     library, _, name = model.partition(":")
     if library == "timm":
