@@ -100,7 +100,7 @@ def save(
     }
     for unfinished in folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
         unfinished.unlink(missing_ok=True)
-    with explain_full_disk(path), replace_file(path) as file:
+    with explain_full_disk(path, "resume with --resume auto"), replace_file(path) as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # what it makes of a write that failed

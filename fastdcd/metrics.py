@@ -146,7 +146,7 @@ class MetricsWriter:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        with explain_full_disk(self._path):
+        with explain_full_disk(self._path, "resume with --resume auto"):
             self._file.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **values}) + "\n")
             self._file.flush()
         known = {f"{kind}/{name}": value for name, value in _scalars(values)}

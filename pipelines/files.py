@@ -141,7 +141,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 @contextmanager
-def explain_full_disk(place: Path) -> Iterator[None]:
+def explain_full_disk(place: Path, again: str = "run the same command again") -> Iterator[None]:
     """Explain a full disk and what to do in an OSError: for work that continues when started again."""
     try:
         yield
@@ -150,7 +150,7 @@ def explain_full_disk(place: Path) -> Iterator[None]:
             raise
         raise OSError(
             f"{place}: no space left ({os.strerror(error.errno)}); what is done is kept: free some space "
-            "and run the same command again"
+            f"and {again}"
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,37 @@ def again(stopped: Path, folder: Path, *settings: str, resume: str = "auto") -> 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ---- a full disk
+
+
+def test_a_checkpoint_that_finds_no_room_keeps_those_before_it(stopped: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped / "run", run)
+    there = snapshot(run / "checkpoints")
+    resume = (
+        TRAIN,
+        "--config",
+        stopped / "x.yaml",
+        "--resume",
+        "auto",
+        "--set",
+        f"run.dir={run}",
+        "train.max_steps=8",
+    )
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # to the file system a full disk: it takes no more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (min(map(len, there.values())) - 1000, limits[1]))
+    try:
+        ran = run_program(*resume)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ran.code == 1 and ran.err.count("\n") == 1, ran.err
+    assert f"{run}/checkpoints/step-000000008.pt: no space left" in ran.err
+    assert "free some space and resume with --resume auto" in ran.err
+    assert snapshot(run / "checkpoints") == there
+    ran = run_program(*resume)
+    assert ran.code == 0 and "step-000000007.pt" in ran.out, ran.err
 
 
 # ---- another config
