@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -21,7 +22,7 @@ from conftest import BOTH, Digits, absent, forget_accelerate, run_program
 from PIL import Image
 
 from fastdcd import config, config_file, models, weights
-from fastdcd.profiler import alternatives, measure, page, table
+from fastdcd.profiler import alternatives, measure, page, reading, table
 from fastdcd.profiler.projection import project, step_seconds
 from fastdcd.profiler.stages import stages
 from fastdcd.profiler.verdict import verdict
@@ -32,7 +33,7 @@ from pipelines.base import LoaderOptions, open_loader
 from pipelines.conversion.job import sample_to_beton
 from pipelines.images import renderer as rendering
 from pipelines.loaders import torch_loader
-from pipelines.plan import EpochPlan
+from pipelines.plan import Crops, EpochPlan, RankPlan
 from pipelines.views import Center
 
 # As in test_processes.py: a server that has imported everything forks each process.
@@ -125,6 +126,19 @@ def test_a_slow_stage_of_loading_is_named(
     assert any("data.workers=" in setting for each in profile["verdict"]["advice"] for setting in each["settings"])
 
 
+def test_decoding_is_measured_by_the_corners_of_what_is_shown() -> None:
+    """Loaders decode as little as they can: one pixel in the image's corner would cost next to nothing."""
+    sizes = np.array([[100, 80], [100, 80], [50, 60]], np.int32)
+    boxes = np.array([[[10, 20, 30, 40], [-4, -4, 50, 50]], [[5, 50, 10, 30], [20, 20, 60, 60]]], np.int32)
+    crops = tuple(
+        Crops(boxes=each, flips=np.ones(2, np.bool_), size=size) for each, size in zip(boxes, (8, 9), strict=True)
+    )
+    plan = RankPlan(ids=np.array([0, 2]), crops=crops, batch_size=2, batches=1)
+    first, last = reading.without_augmenting(plan, sizes).crops
+    assert first.boxes.tolist() == [[5, 20, 1, 1], [0, 0, 1, 1]] and first.size == last.size == 1
+    assert last.boxes.tolist() == [[39, 79, 1, 1], [49, 59, 1, 1]]
+
+
 def test_photographs_that_decode_slowly_are_named_and_converting_them_gains_what_was_promised(
     digits: Digits, photographs: list[Path], tmp_path: Path
 ) -> None:
@@ -142,6 +156,7 @@ def test_photographs_that_decode_slowly_are_named_and_converting_them_gains_what
     file = digits.file(tmp_path / "photos.yaml", **sections, eval={"every": 4}, train={"epochs": 8})
     profile = found(config_file.load(file))
     assert profile["verdict"]["kind"] == "decode-bound", profile["verdict"]
+    assert any(note.startswith("loading costs a core per") for note in profile["verdict"]["notes"])
     advice = next(each for each in profile["verdict"]["advice"] if "data.backend=ffcv" in each["settings"])
     for command in advice["command"].split(" && "):
         _, program, *arguments = shlex.split(command)
