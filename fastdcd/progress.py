@@ -8,7 +8,7 @@ import time
 from tqdm import tqdm
 
 LINE_SECONDS = 30.0
-_LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {percentage:.0f} %, {rate_fmt}, {remaining} to go{postfix}"
+_LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {percentage:.0f} %, {rate_noinv_fmt}, {remaining} to go{postfix}"
 
 
 class ProgressBar:
@@ -62,7 +62,7 @@ class ProgressBar:
             self._total,
             time.monotonic() - self._begin,
             prefix=self._what,
-            unit=self._unit,
+            unit=f" {self._unit}",
             initial=self._initial,
             postfix=self._note,
             bar_format=_LINE,

@@ -92,9 +92,10 @@ def lines(cfg: Config, run: Facts) -> Iterator[str]:
         yield f"teacher   {run.teacher}, at {cfg.teacher_size} px{reached}"
     steps = cfg.train.epochs * run.steps_per_epoch
     yield (
-        f"training  {cfg.train.epochs} epoch{'s' if cfg.train.epochs > 1 else ''} of {run.steps_per_epoch:,} steps, "
+        f"training  {cfg.train.epochs} epoch{'s' if cfg.train.epochs > 1 else ''} of {run.steps_per_epoch:,} "
+        f"step{'s' if run.steps_per_epoch > 1 else ''}, "
         f"{steps:,} in all; "
-        f"{cfg.data.batch_size} images a step on {run.processes} process{'es' if run.processes > 1 else ''} "
+        f"{cfg.data.batch_size} images per step on {run.processes} process{'es' if run.processes > 1 else ''} "
         f"({run.device}, {cfg.train.precision})"
     )
 

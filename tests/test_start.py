@@ -38,7 +38,7 @@ def test_a_run_says_what_it_is_about_to_do(digits: Digits, tmp_path: Path) -> No
         "500 images of 10 classes, 200 to evaluate; loader resident, stored at about 8 px",
         "tiny.py:tiny, ",
         "cifar:resnet8, online, at 8 px; top-1 ",
-        "3 epochs of 8 steps, 24 in all; 64 images a step on 1 process (cpu, fp32)",
+        "3 epochs of 8 steps, 24 in all; 64 images per step on 1 process (cpu, fp32)",
         "warning: 24 steps in all are too few",
     ):
         assert says in ran.out, ran.out

@@ -17,7 +17,7 @@ def table(profile: Profile) -> str:
     about, found = profile["about"], profile["verdict"]
     total = sum(values["mean"] for values in profile["stages"].values())
     lines = [
-        f"{about['student']} at {about['image_size']} px, {profile['images_per_step']} images a step on "
+        f"{about['student']} at {about['image_size']} px, {profile['images_per_step']} images per step on "
         f"{about['processes']} x {about['device']}, {about['backend']} with {about['workers']} workers: "
         f"{profile['images_per_second']:,.0f} images/s, {1000 * profile['step']['mean']:.2f} ms a step",
         "",
