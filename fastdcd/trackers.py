@@ -32,11 +32,13 @@ def check(names: Sequence[str]) -> None:
 
 def start(accelerator: Accelerator, project: str, folder: Path) -> None:
     """Start the trackers that the accelerator was made with; their files go to `folder`, not beside the program.
+    MLflow keeps all runs in one database (MLFLOW_TRACKING_URI), where this one is named after its folder.
 
     Raises ValueError if one does not start.
     """
     try:
-        accelerator.init_trackers(project, init_kwargs={"wandb": {"dir": str(folder)}})
+        own = {"wandb": {"dir": str(folder)}, "mlflow": {"run_name": str(folder)}}
+        accelerator.init_trackers(project, init_kwargs=own)
     except Exception as error:  # each has errors of its own: no login, no server, a folder that cannot be written
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise ValueError(
