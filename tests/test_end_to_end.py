@@ -1,4 +1,4 @@
-"""From Hugging Face parquet to a student in timm: every program on the way, from a disk and through an object store."""
+"""From Hugging Face parquet to a student in timm: every program on the way, through an object store."""
 
 import io
 import json
@@ -51,24 +51,18 @@ def run(*command: object) -> str:
     return done.out + done.err
 
 
-@pytest.mark.parametrize("way", ["a disk", "an object store"])
-def test_a_hundred_photographs_from_parquet_to_timm(
-    way: str, photographs: list[Path], tmp_path: Path, request: pytest.FixtureRequest
+def test_a_hundred_photographs_from_parquet_in_an_object_store_to_timm(
+    photographs: list[Path], tmp_path: Path, object_store: ObjectStore
 ) -> None:
     images = hundred(photographs)
     write_parquet(tmp_path / "hub", images)
-    source, shards = str(tmp_path / "hub"), tmp_path / "shards"
-    store: ObjectStore | None = None
-    if way == "an object store":
-        store = request.getfixturevalue("object_store")
-        store.upload(tmp_path / "hub", "hub")
-        source = f"s3://{store.bucket}/hub"
+    object_store.upload(tmp_path / "hub", "hub")
+    source, shards = f"s3://{object_store.bucket}/hub", tmp_path / "shards"
     said = run("tools/convert.py", "shards", source, shards, "--max-size", 0, "--workers", 1, "--shard-size", 30)
     assert "100 images" in said and "25 images" in said and "classes from 'label'" in said
-    if store is not None:
-        run("tools/push.py", shards, f"s3://{store.bucket}/shards")
-        shards = tmp_path / "another-machine" / "shards"
-        assert "as their checksums say" in run("tools/stage.py", f"s3://{store.bucket}/shards", shards)
+    run("tools/push.py", shards, f"s3://{object_store.bucket}/shards")
+    shards = tmp_path / "another-machine" / "shards"
+    assert "as their checksums say" in run("tools/stage.py", f"s3://{object_store.bucket}/shards", shards)
     config = tmp_path / "photographs.yaml"
     tree = {
         "data": {
