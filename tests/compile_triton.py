@@ -52,7 +52,7 @@ def compile_for(kernel: Any, blocks: Blocks, dimensions: int, capability: int) -
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        command = [tools / "cuobjdump", "-res-usage", file.name]
+        command = [str(tools / "cuobjdump"), "-res-usage", file.name]
         used = subprocess.run(command, capture_output=True, text=True, check=True)
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", used.stdout + used.stderr)[0]
     products = next(

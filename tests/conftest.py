@@ -68,7 +68,7 @@ def cut_photographs(folder: Path) -> list[Path]:
         top, left = rng.integers(0, (pixels.shape[0] - height + 1, pixels.shape[1] - width + 1))
         image = Image.fromarray(np.ascontiguousarray(pixels[top : top + height, left : left + width]))
         image = image.convert("L") if number == 7 else image
-        options = {} if number == 7 else {"subsampling": number % 3}
+        options: dict[str, Any] = {} if number == 7 else {"subsampling": number % 3}
         image.save(folder / f"{number:02d}.JPEG", quality=75 + number % 4 * 6, **options)
     return sorted(folder.iterdir())
 
@@ -138,7 +138,7 @@ class Digits:
     resident: Path
     teacher: Path
 
-    def tree(self, **sections: dict[str, Any]) -> dict[str, Any]:
+    def tree(self, **sections: Any) -> dict[str, Any]:
         """A small config as a nested dictionary, sections overridden."""
         tree: dict[str, dict[str, Any]] = {
             "data": {
@@ -161,12 +161,12 @@ class Digits:
             tree[name] = {**tree.get(name, {}), **values}
         return tree
 
-    def config(self, run: Path, /, **sections: dict[str, Any]) -> config.Config:
+    def config(self, run: Path, /, **sections: Any) -> config.Config:
         """The same, parsed, writing to `run`."""
         sections["run"] = {"dir": str(run), **sections.get("run", {})}
         return config_file.parse(self.tree(**sections), "test")
 
-    def file(self, path: Path, /, **sections: dict[str, Any]) -> Path:
+    def file(self, path: Path, /, **sections: Any) -> Path:
         """The same as a YAML file, its run beside it."""
         sections["run"] = {"dir": str(path.parent / "run"), **sections.get("run", {})}
         path.write_text(yaml.safe_dump(self.tree(**sections)))

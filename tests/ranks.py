@@ -76,9 +76,10 @@ def _compare(rows: int, masked: bool, mixes: bool, dtype: torch.dtype, tolerance
     rank, count = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rows)
     torch.set_default_dtype(dtype)
-    section = loss_section()(kd=1.0, dcd=1.0, feat_dim=6, negatives="global", mask_same_class=masked)
+    section: Any = loss_section()
+    section = section(kd=1.0, dcd=1.0, feat_dim=6, negatives="global", mask_same_class=masked)
     # a class hardly varies over a few rows: its correlation amplifies float32's rounding a hundred times
-    module = Small(section, without="dist" if dtype == torch.float32 else "")
+    module: Any = Small(section, without="dist" if dtype == torch.float32 else "")
     x, features, logits = torch.randn(rows, 12), torch.randn(rows, 9), torch.randn(rows, 5)
     torch.set_default_dtype(torch.float32)
     labels = torch.randint(0, 5, (rows,))
@@ -105,7 +106,7 @@ def run_training(file: Path, overrides: list[str]) -> None:
     """Train, and leave each process's state beside the run."""
     cfg, write = config_file.load(file, overrides), experiment.write_results
 
-    def keep_state(cfg: Any, accelerator: Any, module: nn.Module, *rest: Any) -> Any:
+    def keep_state(cfg: Any, accelerator: Any, module: Any, *rest: Any) -> Any:
         torch.save(module.state_dict(), cfg.run.dir / f"rank-{accelerator.process_index}.pt")
         return write(cfg, accelerator, module, *rest)
 
@@ -165,5 +166,5 @@ def fill_with_a_slow_rank(file: Path) -> None:
             (file.parent / "done").write_text(str(done))
         save(cfg, *rest)
 
-    TeacherCache.flush, checkpoint.save = slow, note  # type: ignore[method-assign]
+    TeacherCache.flush, checkpoint.save = slow, note  # type: ignore[method-assign,assignment]
     train(config_file.load(file))

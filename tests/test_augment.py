@@ -169,7 +169,7 @@ def test_erasing_and_mixing_are_the_libraries() -> None:
     plan = Augment(mixup=0.8, cutmix=1.0).mix(5, np.arange(ROWS), 2, 33)
     collate = mixup.FastCollateMixup(mixup_alpha=0.8, cutmix_alpha=1.0, mode="elem")
     cut = plan.blend == 1
-    collate._params_per_elem = lambda rows: (np.where(cut, 0.5, plan.blend).astype(np.float32), cut)  # type: ignore[method-assign]
+    collate._params_per_elem = lambda rows: (np.where(cut, 0.5, plan.blend).astype(np.float32), cut)
     boxes = iter(plan.box[cut])
 
     def their_box(*_: Any, **__: Any) -> tuple[tuple[int, int, int, int], float]:

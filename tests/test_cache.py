@@ -6,6 +6,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -312,10 +313,10 @@ def test_several_teachers_in_one_cache(digits: Digits, tmp_path: Path) -> None:
         network = models.build("cifar:resnet14", classes=10)
         weights.save(tmp_path / f"{name}.safetensors", network.original_state_dict())
     files = [str(digits.teacher), str(tmp_path / "second.safetensors")]
-    teacher = {"model": ["cifar:resnet8", "cifar:resnet14"], "checkpoint": files, "evaluate": True}
+    teacher: dict[str, Any] = {"model": ["cifar:resnet8", "cifar:resnet14"], "checkpoint": files, "evaluate": True}
     curves = []
     for mode in ("online", "cached"):
-        sections = {
+        sections: dict[str, Any] = {
             "loss": BOTH,
             "teacher": {**teacher, "mode": mode},
             "cache": {"path": str(tmp_path / "cache"), "dtype": "fp32"},
@@ -363,7 +364,7 @@ def test_a_faster_teacher_fills_the_same_features(digits: Digits, tmp_path: Path
         assert ran.code == 0, ran.err
     plain, fast = (TeacherCache.open(tmp_path / name / "cache") for name in ("plain", "fast"))
     features = [cache.manifest.codec.decode(cache.view(0).load(torch.device("cpu"))) for cache in (plain, fast)]
-    assert torch.nn.functional.cosine_similarity(*features).min() > fast.manifest.codec.cosine
+    assert torch.nn.functional.cosine_similarity(features[0], features[1]).min() > fast.manifest.codec.cosine
     kept = [each for each in settings if each != "teacher.compile=true"]
     ran = run_program("fastdcd/train.py", "--config", file, *(["--set", *kept] if kept else []))
     assert ran.code == 0, ran.err

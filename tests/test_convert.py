@@ -167,10 +167,10 @@ class _Python2Pickler(pickle._Pickler):
     """Byte strings as Python 2 pickled them, in whose format CIFAR is published."""
 
     def save_string(self, text: bytes) -> None:
-        self.write(pickle.BINSTRING + len(text).to_bytes(4, "little") + text)
-        self.memoize(text)
+        self.write(pickle.BINSTRING + len(text).to_bytes(4, "little") + text)  # type: ignore[attr-defined]
+        self.memoize(text)  # type: ignore[attr-defined]
 
-    dispatch = {**pickle._Pickler.dispatch, bytes: save_string}  # noqa: RUF012
+    dispatch = {**pickle._Pickler.dispatch, bytes: save_string}  # type: ignore[dict-item]  # noqa: RUF012
 
 
 def python2_pickle(value: object) -> bytes:
@@ -344,9 +344,9 @@ def test_a_shard_of_rejects_alone(tree: Path, tmp_path: Path) -> None:
 # Kills and full disks
 
 
-def start(kind: str, *arguments: object) -> multiprocessing.process.BaseProcess:
+def start(*arguments: object) -> multiprocessing.process.BaseProcess:
     """A conversion in a process of its own; forked, since importing torch takes seconds."""
-    process = multiprocessing.get_context("fork").Process(target=_exit_with, args=(kind, *arguments))
+    process = multiprocessing.get_context("fork").Process(target=_exit_with, args=arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         process.start()
@@ -591,7 +591,7 @@ def test_stock_readers_of_shards(tree: Path, tmp_path: Path) -> None:
     try:
         import webdataset
         from nvidia.dali import fn, pipeline_def
-        from wds2idx import IndexCreator  # DALI's
+        from wds2idx import IndexCreator  # type: ignore[import-untyped]  # DALI's
     except ImportError as error:
         absent(f"{error}")
     samples = list(webdataset.WebDataset(tars, shardshuffle=False).decode("rgb8").to_tuple("jpg", "cls", "json"))
@@ -607,7 +607,7 @@ def test_stock_readers_of_shards(tree: Path, tmp_path: Path) -> None:
     @pipeline_def(batch_size=20, num_threads=1, device_id=None)
     def pipeline() -> Any:
         indexes = [str(Path(tar).with_suffix(".idx")) for tar in tars]
-        jpeg, label = fn.readers.webdataset(paths=tars, index_paths=indexes, ext=["jpg", "cls"], name="reader")
+        jpeg, label = fn.readers.webdataset(paths=tars, index_paths=indexes, ext=["jpg", "cls"], name="reader")  # type: ignore[misc]
         return fn.decoders.image(jpeg), label
 
     pipe = pipeline()

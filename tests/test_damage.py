@@ -53,7 +53,7 @@ def shown(backend: str, path: Path) -> Seen:
 
 def described(index: DatasetIndex) -> Seen:
     assert index.offsets is not None and index.lengths is not None and index.checksums is not None
-    arrays = [index.labels, index.sizes, index.offsets, index.lengths, index.checksums]
+    arrays: Seen = [index.labels, index.sizes, index.offsets, index.lengths, index.checksums]
     return [*arrays, np.array(index.names), np.array(index.classes)]
 
 

@@ -106,7 +106,8 @@ def predictions_of_our_pixels(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """What a network of timm says of the validation set as our loader shows it, and the labels, by image."""
     cfg = config_file.load(path)
-    said, truth = {}, {}
+    said: dict[str, int] = {}
+    truth: dict[str, int] = {}
     with experiment.open_set(cfg.data, cfg.data.val, torch.device("cpu"), "data.val") as loader:
         plan = evaluation_plan(loader.index, crop_ratio=cfg.eval.crop_ratio, batch_size=10).for_rank((SIZE,))
         for batch in loader.epoch(plan):

@@ -59,7 +59,7 @@ def test_triton_kernels_fit_and_spill_nothing(dimensions: int, tmp_path: Path) -
         "PYTHONPATH": str(ROOT),
         "TRITON_INTERPRET": "0",
     }
-    command = [sys.executable, ROOT / "tests/compile_triton.py", str(dimensions), *map(str, SHARED)]
+    command = [sys.executable, str(ROOT / "tests/compile_triton.py"), str(dimensions), *map(str, SHARED)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     lines = re.findall(r"(\w+) sm_(\d+) shared (\d+) registers (\d+) spilled (\d+) products (.+)", ran.stdout)
@@ -113,7 +113,7 @@ def test_triton_on_a_gpu_is_the_reference(dimensions: int) -> None:
         z_s, z_t = (each.to(dtype).requires_grad_() for each in z)
         loss = dcd.dcd(z_s, z_t, torch.tensor(5.0, device="cuda", dtype=dtype), form=form).loss
         loss.backward()
-        results.append([loss.detach().double(), z_s.grad.double(), z_t.grad.double()])  # type: ignore[union-attr]
+        results.append([loss.detach().double(), z_s.grad.double(), z_t.grad.double()])
     for exact, ours in zip(*results, strict=True):
         # embeddings are rounded to bfloat16: 2^-9 of each, some percent of the smallest gradients
         assert (ours - exact).norm() <= 0.02 * exact.norm()

@@ -115,7 +115,9 @@ def test_the_classifier_solves_its_problem(tmp_path: Path) -> None:
     loss = torch.nn.functional.cross_entropy(classifier(features), labels)
     loss = loss + 5e-4 / 2 * sum(parameter.square().sum() for parameter in classifier.parameters())
     loss.backward()
-    gradients = torch.cat([parameter.grad.flatten() for parameter in classifier.parameters()])
+    gradients = torch.cat(
+        [parameter.grad.flatten() for parameter in classifier.parameters() if parameter.grad is not None]
+    )
     assert gradients.abs().max() < 5e-3
     found = linear_probe.accuracy(classifier, linear_probe.Features(features, labels))
     assert found.top1 > 75 and found.top5 == 100

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -307,7 +308,7 @@ def test_pixels_labels_and_ids(case: Case, loader: Loader) -> None:
 def test_batches_do_not_overwrite_each_other(case: Case, loader: Loader) -> None:
     rank_plan = make_work(case, batch_size=4)
     kept = list(loader.epoch(rank_plan))
-    again = {}
+    again: dict[int, Any] = {}
     for batch in loader.epoch(rank_plan):
         again |= by_id([batch])
     assert by_id(kept) == again
@@ -695,12 +696,13 @@ def decoders_on_a_gpu(path: Path, monkeypatch: pytest.MonkeyPatch, **options: ob
 
 
 def test_a_decoder_chosen_by_the_batch_never_meets_a_cache(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for options, load, decode in [
+    cases: list[tuple[dict[str, Any], str, str]] = [
         ({"repeatable": True}, "hw_decoder_load: 0.000000", "gpu, by kernels"),
         ({"own": {"hw_decoder_load": 0.0}}, "hw_decoder_load: 0.000000", "gpu, by kernels"),
         ({}, "hw_decoder_load: 0.650000", "gpu, 0.65 by the engine"),
         ({"own": {"hw_decoder_load": 1.0}}, "hw_decoder_load: 1.000000", "gpu, 1 by the engine"),
-    ]:
+    ]
+    for options, load, decode in cases:
         found = decoders_on_a_gpu(photos, monkeypatch, **options)
         assert found.pop("fingerprint") == decode
         assert list(found) == ["OpSpec for decoders__Image:"], "regions crash in nvImageCodec 0.9 on a GPU"
@@ -709,10 +711,10 @@ def test_a_decoder_chosen_by_the_batch_never_meets_a_cache(photos: Path, monkeyp
         assert ("preallocate_height_hint: 0" in spec or "preallocate_height_hint" not in spec) == ("0.000" in load)
     for share in (0.65, 1.0):
         with pytest.raises(ValueError, match="same in every batch"):
-            options = LoaderOptions(
+            with_engine = LoaderOptions(
                 device=torch.device("cuda", 0), repeatable=True, own={"hw_decoder_load": share}
             )
-            open_loader("dali", photos, options)
+            open_loader("dali", photos, with_engine)
     cpu = LoaderOptions(repeatable=True, own={"hw_decoder_load": 0.65})  # an engine is not asked on the CPU
     with open_loader("dali", photos, cpu) as loader:
         assert loader.fingerprint["decode"] == "cpu"

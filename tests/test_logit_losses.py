@@ -1,6 +1,7 @@
 """KD, DKD, DIST, standardised logits and feature losses against the papers' formulas, written out here in float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -209,7 +210,7 @@ def test_dkd_with_row_weights_is_the_mean_over_targets() -> None:
     """Two targets of a mixed image, by their shares: DKD of each, weighted."""
     student, teacher = draw("random")
     share = torch.linspace(0, 1, ROWS, dtype=torch.float64)
-    settings = {"alpha": 1.0, "beta": 8.0, "temperature": 4.0}
+    settings: Any = {"alpha": 1.0, "beta": 8.0, "temperature": 4.0}
     found = logits.dkd(student, teacher, TARGET, weight_N=share, **settings)
     by_row = [
         float(s * logits.dkd(student[i : i + 1], teacher[i : i + 1], TARGET[i : i + 1], **settings))

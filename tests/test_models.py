@@ -365,7 +365,7 @@ def test_normalisation_is_every_librarys_own() -> None:
     """torchvision's Inception networks normalise once more inside, where it loads their weights itself: ours is both
     steps in one."""
     for name in torchvision.models.list_models(module=torchvision.models):
-        transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()  # type: ignore[attr-defined]
+        transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
         mean, std = list(transforms.mean), list(transforms.std)
         if name in ("googlenet", "inception_v3"):
             network = torchvision.models.get_model(name, weights=None, init_weights=False, transform_input=True)

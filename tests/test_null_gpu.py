@@ -46,7 +46,7 @@ def null_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(null_gpu: Path, folder: Path, runs: dict[str, Any], **more: str) -> subprocess.Popen[str]:
     (folder / "runs.json").write_text(json.dumps(runs))
-    command = [sys.executable, NULL_GPU / "rehearse.py", folder / "runs.json", folder / "found.json"]
+    command = [sys.executable, *map(str, (NULL_GPU / "rehearse.py", folder / "runs.json", folder / "found.json"))]
     environment = {
         **os.environ,
         "LD_PRELOAD": str(null_gpu),

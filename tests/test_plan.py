@@ -1,5 +1,7 @@
 """The plan: the same data for any number of ranks and any resume point."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -29,7 +31,7 @@ def plan_of(count: int, batch_size: int, *, epoch: int = 0, kind: str = "random"
     )
 
 
-def rows_of(rank_plan: RankPlan, batch: int) -> list[tuple[object, ...]]:
+def rows_of(rank_plan: RankPlan, batch: int) -> list[tuple[Any, ...]]:
     """What a batch shows, row by row: id, box and flip of every rendering."""
     rows = rank_plan.rows(batch)
     return [

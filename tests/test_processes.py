@@ -146,7 +146,7 @@ def test_any_number_of_processes_trains_alike(digits: Digits, students: Path, tm
 
 def test_sync_bn_says_where_it_works(digits: Digits, tmp_path: Path) -> None:
     class TwoProcesses(Accelerator):
-        num_processes = 2  # type: ignore[assignment]
+        num_processes = 2
 
     cfg = digits.config(tmp_path / "run", student={"sync_bn": True}, teacher={"mode": "none"})
     with pytest.raises(ValueError, match=r"student\.sync_bn: got true, but torch has it on GPUs only"):
@@ -196,6 +196,7 @@ def test_skipping_costs_a_few_calls_whatever_the_depth() -> None:
     counts = []
     for layers in (1, 50):
         module = nn.Sequential(*(nn.BatchNorm1d(6) for _ in range(layers)))
+        each: Any
         for each in module:
             each.running_mean.uniform_()
         before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -204,7 +205,7 @@ def test_skipping_costs_a_few_calls_whatever_the_depth() -> None:
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1, fused=True)
         guard = GuardedOptimizer(module, optimizer, Accelerator(cpu=True), limit=2)
         module(torch.randn(16, 6)).square().mean().backward()
-        optimizer.step = lambda: None  # what the optimizer does is not the guard's
+        optimizer.step = lambda: None  # type: ignore[method-assign,assignment,misc]  # what the optimizer does is not the guard's
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             guard.remember()
             guard.step()

@@ -334,7 +334,8 @@ def test_projection_adds_what_the_ring_exposes(profile: dict[str, Any]) -> None:
     alone = step_seconds(profile, 1, 1e9)
     assert alone == pytest.approx(sum(each["mean"] for each in profile["stages"].values()))
     assert step_seconds(profile, 8, 1.0) > 1e3 * alone, "a byte a second cannot hide"
-    one, eight = project(profile, gpus=(1, 8), bandwidth=1e15, price=2.0)
+    found: Any = project(profile, gpus=(1, 8), bandwidth=1e15, price=2.0)
+    one, eight = found
     # the largest of eight normal values exceeds their mean by 1.42 standard deviations
     spread = (profile["step"]["quartile_75"] - profile["step"]["quartile_25"]) / 1.349
     waiting = profile["gradient_copy_seconds"] + 1.42 * spread

@@ -320,7 +320,7 @@ def test_addresses_that_cannot_be_right_are_one_line(
     if what != "no range":
         commands.append(("tools/push.py", folder, url))
     for command in commands:
-        ran = run_program(*command)
+        ran = run_program(str(command[0]), *command[1:])
         assert ran.code == 2 and ran.err.count("\n") == 1 and says in ran.err, (command, ran)
         assert "hunter22" not in ran.err and SECRET not in ran.err
 

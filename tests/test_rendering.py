@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -63,14 +64,15 @@ def jpegs(image: Image.Image, folder: Path) -> None:
     samplings = {name: getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{name}") for name in (411, 420, 422, 440, 444)}
     extents = ((150, 203), (97, 64), (33, 131))
     for (name, value), (height, width) in itertools.product(samplings.items(), extents):
-        options = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, value, cv2.IMWRITE_JPEG_QUALITY, 60 + height % 40)
+        settings = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, value, cv2.IMWRITE_JPEG_QUALITY, 60 + height % 40)
         for kind, more in (("", ()), ("restart", (cv2.IMWRITE_JPEG_RST_INTERVAL, 1 + width % 5))):
             if kind and height != 150:
                 continue
             assert cv2.imwrite(
-                str(folder / f"{name}-{height}{kind}.jpg"), pixels[:height, :width, ::-1], [*options, *more]
+                str(folder / f"{name}-{height}{kind}.jpg"), pixels[:height, :width, ::-1], [*settings, *more]
             )
-    for name, (height, width), options in (
+    options: dict[str, Any]
+    for title, (height, width), options in (
         ("optimized", (120, 95), {"optimize": True, "quality": 95}),
         ("rows", (99, 140), {"restart_marker_rows": 1}),
         ("progressive", (99, 140), {"progressive": True}),
@@ -79,8 +81,8 @@ def jpegs(image: Image.Image, folder: Path) -> None:
         ("low", (3, 180), {}),
         ("narrow", (170, 2), {}),
     ):
-        image.crop((0, 0, width, height)).save(folder / f"{name}.jpg", **options)
-        image.convert("L").crop((0, 0, width, height)).save(folder / f"{name}-gray.jpg", **options)
+        image.crop((0, 0, width, height)).save(folder / f"{title}.jpg", **options)
+        image.convert("L").crop((0, 0, width, height)).save(folder / f"{title}-gray.jpg", **options)
 
 
 @pytest.fixture(scope="module")
@@ -217,9 +219,12 @@ def test_photographs_are_decoded_by_the_kernel(folder: Path, monkeypatch: pytest
     with open_loader("torch", folder, LoaderOptions(workers=2)) as loader:
         source = loader._renderer._source  # type: ignore[attr-defined]
         decode_slowly = source.decode
-        monkeypatch.setattr(
-            source, "decode", lambda i, data: (left.append(loader.index.names[i]), decode_slowly(i, data))[1]
-        )
+
+        def noted(sample_id: int, data: bytes) -> torch.Tensor:
+            left.append(loader.index.names[sample_id])
+            return decode_slowly(sample_id, data)
+
+        monkeypatch.setattr(source, "decode", noted)
         shown(loader, boxes_of(loader, 64, 0))
     named = {Path(name).name for name in left}
     assert named == {

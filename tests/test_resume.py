@@ -268,8 +268,9 @@ def test_made_up_checkpoints_are_one_line(stopped: Path, tmp_path: Path) -> None
             packed.writestr(each, there.read(each))
     with pytest.raises(ValueError, match="compressed"):
         checkpoint.read(tmp_path / "x.pt")
-    for part, value in (("module", 3), ("optimizer", {}), ("random", {"cpu": torch.zeros(3)}), ("scaler", 3)):
-        torch.save({**state, part: value}, tmp_path / "x.pt")
+    part_value: Any
+    for part, part_value in (("module", 3), ("optimizer", {}), ("random", {"cpu": torch.zeros(3)}), ("scaler", 3)):
+        torch.save({**state, part: part_value}, tmp_path / "x.pt")
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         ran = again(stopped, tmp_path, resume=str(tmp_path / "x.pt"))
         assert "Traceback" not in ran.err and ran.code == (0 if part == "scaler" else 2), (part, ran.err)

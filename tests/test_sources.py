@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def write(root: Path, files: dict[str, bytes]) -> Path:
     return root
 
 
-def tar(path: Path, files: Iterable[tuple[str, bytes]], mode: str = "w") -> Path:
+def tar(path: Path, files: Iterable[tuple[str, bytes]], mode: Any = "w") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as archive:
         for name, data in files:
@@ -491,11 +492,11 @@ def test_names_in_utf8_in_latin1_and_from_a_mac(images: Images, tmp_path: Path) 
     write(latin, {"a.JPEG": data})
     for read in (open_sources, index_image_folder):
         with pytest.raises(ValueError, match="not UTF-8; rename it"):
-            read(tmp_path / "latin")  # type: ignore[operator]
+            read(tmp_path / "latin")
     write(tmp_path / "broken", {"a/line\nbreak.JPEG": data})
     for read in (open_sources, index_image_folder):
         with pytest.raises(ValueError, match="line break"):
-            read(tmp_path / "broken")  # type: ignore[operator]
+            read(tmp_path / "broken")
 
 
 # ---- lists of classes, classes that are lost, wrong guesses
@@ -519,11 +520,11 @@ def test_a_class_that_keeps_no_image_needs_a_decision(images: Images, tmp_path: 
     bad = {name: b"" if name.startswith(CLASSES[1]) else data for name, data in images.items()}
     source = write(tmp_path / "d", bad)
     for kind, more in (("resident", ["--size", 16]), ("shards", [])):
-        arguments = (CONVERT, kind, source, tmp_path / kind, "--workers", 0, *more)
-        ran = run_program(*arguments)
+        arguments = (kind, source, tmp_path / kind, "--workers", 0, *more)
+        ran = run_program(CONVERT, *arguments)
         assert ran.code == 2 and f"{CLASSES[1]!r} (1 in all) keeps no image" in ran.err, ran
         assert not (tmp_path / kind / "manifest.json").exists()
-        ran = run_program(*arguments, "--empty-classes")
+        ran = run_program(CONVERT, *arguments, "--empty-classes")
         assert ran.code == 0 and "1 classes without an image" in ran.out, ran
 
 

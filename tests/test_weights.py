@@ -159,7 +159,7 @@ def test_dictionaries_of_configuration_packages_load_without_the_package(
     module.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})  # type: ignore[attr-defined]
     sys.modules.update({"yacs": package, "yacs.config": module})
     try:
-        settings = module.CfgNode(lr=0.1)  # type: ignore[attr-defined]
+        settings = module.CfgNode(lr=0.1)
         settings.frozen = True
         torch.save({"state_dict": tensors, "cfg": settings}, tmp_path / "x.pth")
     finally:

@@ -112,6 +112,7 @@ def rehearse(name: str, tree: dict[str, Any]) -> dict[str, Any]:
 
 
 WATCH: Watch | None = None
+DEVICE: torch.device
 BUSY = threading.local()
 
 
@@ -141,15 +142,15 @@ def main() -> None:
     TrainStep.check = lambda *_: None  # type: ignore[method-assign]  # it looks at a value
     # what follows looks at values, and here nothing computes them
     teacher_modes.check_range = lambda *_: None
-    store = CacheView._store
-    CacheView._store = lambda view, ids, rows: store(view, ids, rows.zero_())  # type: ignore[method-assign]
+    store: Any = CacheView._store
+    CacheView._store = lambda view, ids, rows: store(view, ids, rows.zero_())  # type: ignore[method-assign,assignment]
     # compares values of all ranks, and here there are none
-    distributed._verify_param_shape_across_processes = lambda *_, **__: True  # type: ignore[assignment]
+    distributed._verify_param_shape_across_processes = lambda *_, **__: True
     # objects that travel between ranks never arrive: each rank answers for itself
     run_folder.on_first = lambda accelerator, call: call()
     NULL.null_gpu_observe(observe)
     found = {name: rehearse(name, tree) for name, tree in json.loads(Path(sys.argv[1]).read_text()).items()}
-    NULL.null_gpu_observe(ctypes.cast(None, type(observe)))
+    NULL.null_gpu_observe(ctypes.cast(0, type(observe)))
     Path(sys.argv[2]).write_text(json.dumps(found, indent=1))
     sys.stdout.flush()
     os._exit(0)  # libraries that believe in their GPU would end it, and crash
