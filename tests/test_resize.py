@@ -97,6 +97,7 @@ def compiled(image: torch.Tensor, size: int) -> torch.Tensor:
     out, failed = np.empty(size * size * 3, np.uint8), np.zeros(1, np.bool_)
     one, whole = np.zeros(1, np.int64), np.array([[[0, 0, height, width]]], np.int32)
     render_samples(
+        0,  # no decoders: the image is raw
         0,
         0,
         pixels,
