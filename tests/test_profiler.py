@@ -97,7 +97,7 @@ def files(digits: Digits) -> dict[str, Any]:
 
 
 def test_a_healthy_run_is_called_healthy(digits: Digits, tmp_path: Path) -> None:
-    cfg = digits.config(tmp_path, student={**STUDENT, "image_size": 16}, teacher=NONE)
+    cfg = digits.config(tmp_path, student={**STUDENT, "image_size": 32}, teacher=NONE)
     profile = found(cfg)
     if not profile["verdict"]["healthy"]:  # the machine may have been busy with something else
         profile = found(cfg)
