@@ -53,6 +53,16 @@ def run(main: Callable[[], int], *, again: str = "the same command continues whe
     _leave(code)
 
 
+def positive(text: str) -> int:
+    """An argument that is a whole number above 0, as argparse's `type`. Raises ValueError."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+positive.__name__ = "number above 0"  # in argparse's messages
+
+
 def printable(text: str) -> str:
     """Text whose control characters, as in the name of a file, do nothing to a terminal."""
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)

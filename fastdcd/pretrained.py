@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import socket
 import sys
@@ -10,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from pipelines.files import file_sha256
 
 # Seconds without a byte before a download counts as failed.
 TIMEOUT = 30.0
@@ -67,7 +68,7 @@ def fetch(model: str, checkpoint: Path, key: str, say: Callable[[str], object]) 
             f"{key}: cannot fetch {source} ({type(error).__name__}: {lines[0][:200]}); where there is a network: "
             f"{_by_hand(source)}; then set {key} to that file"
         ) from error
-    expected, found = _published_hash(path, source), _sha256(path)
+    expected, found = _published_hash(path, source), file_sha256(path)
     if not found.startswith(expected):
         raise ValueError(
             f"{path}: not as it was published (SHA-256 {found[:16]}..., expected {expected[:16]}...); remove it and start "
@@ -168,11 +169,6 @@ def _published_hash(path: Path, source: _Hub | _Url) -> str:
 def _hash_in_name(path: Path) -> str:
     found = re.search(r"-([0-9a-f]{8,64})\.", path.name)
     return found[1] if found else ""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _by_hand(source: _Hub | _Url) -> str:

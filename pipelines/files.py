@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import mmap
@@ -50,6 +51,12 @@ def expand_braces(text: str) -> list[str]:
     return [
         each for choice in choices for each in expand_braces(text[: part.start()] + choice + text[part.end() :])
     ]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -138,12 +138,6 @@ def _report(job: Job, folder: Path, index: DatasetIndex | None) -> None:
     )
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
-
-
 def _count(text: str) -> int:
     if (value := int(text)) < 0:
         raise ValueError
@@ -160,7 +154,7 @@ def _part(text: str) -> Part:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-_positive.__name__, _count.__name__, _part.__name__ = "number above 0", "number", "part i/n"  # in messages
+_count.__name__, _part.__name__ = "number", "part i/n"  # in messages
 
 
 def main() -> int:
@@ -188,7 +182,7 @@ def main() -> int:
         "--keep", nargs="+", metavar="PATTERN", help="keep only classes of these names, as in 'a*'"
     )
     common.add_argument(
-        "--limit", type=_positive, metavar="N", help="keep N images, spread evenly over the classes"
+        "--limit", type=cli.positive, metavar="N", help="keep N images, spread evenly over the classes"
     )
     common.add_argument(
         "--first-label",
@@ -212,7 +206,7 @@ def main() -> int:
     images.add_argument(
         "--max-size", type=_count, default=500, metavar="N", help="longest side, pixels; 0: as it is (default 500)"
     )
-    images.add_argument("--quality", type=_positive, default=90, metavar="Q", help="JPEG quality (default 90)")
+    images.add_argument("--quality", type=cli.positive, default=90, metavar="Q", help="JPEG quality (default 90)")
 
     command = formats.add_parser("ffcv", parents=[common, images], help="one .beton file (backend: ffcv)")
     command.add_argument("out", type=user_path, metavar="OUT", help=".beton file to write")
@@ -228,14 +222,14 @@ def main() -> int:
     command = formats.add_parser("shards", parents=[common, images], help="WebDataset tars (backend: dali)")
     command.add_argument("out", type=user_path, metavar="OUT", help="folder to write")
     command.add_argument(
-        "--shard-size", type=_positive, default=SHARD, metavar="N", help="images a tar (default 1000)"
+        "--shard-size", type=cli.positive, default=SHARD, metavar="N", help="images a tar (default 1000)"
     )
     command.set_defaults(run=shards)
 
     command = formats.add_parser("resident", parents=[common], help="one array of pixels (backend: resident)")
     command.add_argument("out", type=user_path, metavar="OUT", help="folder to write")
     command.add_argument(
-        "--size", type=_positive, metavar="N", help="resize the shorter side to N, crop the centre to NxN"
+        "--size", type=cli.positive, metavar="N", help="resize the shorter side to N, crop the centre to NxN"
     )
     command.set_defaults(run=resident)
     arguments = parser.parse_args()

@@ -22,15 +22,6 @@ DATA holds train/ and val/: class folders, or what tools/convert.py wrote (shard
 """
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "number above 0"  # in messages
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -49,8 +40,10 @@ def main() -> int:
         "--student", metavar="MODEL", help="timm:NAME, torchvision:NAME, cifar:NAME, file.py:function"
     )
     parser.add_argument("--backend", choices=sorted(BACKENDS), help="loader (default: by what the data is)")
-    parser.add_argument("--size", type=_positive, metavar="N", help="image size, pixels (default: by the images)")
-    parser.add_argument("--epochs", type=_positive, default=30, metavar="N", help="default 30")
+    parser.add_argument(
+        "--size", type=cli.positive, metavar="N", help="image size, pixels (default: by the images)"
+    )
+    parser.add_argument("--epochs", type=cli.positive, default=30, metavar="N", help="default 30")
     arguments = parser.parse_args()
     found = starter.look(arguments.data, arguments.backend)
     print(

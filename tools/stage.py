@@ -31,13 +31,7 @@ def _part(text: str) -> tuple[int, int]:
     return part, parts
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
-
-
-_part.__name__, _positive.__name__ = "part i/n, counted from 0", "number above 0"  # in messages
+_part.__name__ = "part i/n, counted from 0"  # in messages
 
 
 def main() -> int:
@@ -53,7 +47,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=cli.positive,
         default=staging.WORKERS,
         metavar="W",
         help=f"requests at a time (default {staging.WORKERS})",

@@ -110,9 +110,10 @@ def profile(
         gradient_copy = _gradient_copy(bench)
         stage("loader")
         loading = reading.stages(train, rank_plan, cfg, share)
+        loading_cpu = None
         if loading:
             ceilings["loader"] = accelerator.num_processes / loading["loader"]
-        loading_cpu = reading.seconds_an_image(train, rank_plan, share / 3, time.process_time)
+            loading_cpu = reading.seconds_an_image(train, rank_plan, share / 3, time.process_time)
         ceilings |= _copies(train, rank_plan, accelerator)
         stage("evaluation")
         evaluation = _evaluation(bench, val, share)
@@ -153,7 +154,7 @@ def profile(
         "profiling_overhead": together["overhead"],
         "data_wait_seconds": together["waits"],
         "loader_seconds_an_image": loading,
-        "loader_cpu_seconds_an_image": loading_cpu if loading else None,
+        "loader_cpu_seconds_an_image": loading_cpu,
         "ceilings": ceilings,
         "cold": cold,
         "communication": communication,

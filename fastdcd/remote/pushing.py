@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -13,7 +13,7 @@ from pathlib import Path
 from fastdcd.progress import ProgressBar
 from fastdcd.remote.address import Address, explained, open_address
 from fastdcd.remote.listing import MANIFEST, Entry, fetch_manifest, manifest_of
-from pipelines.files import human_bytes
+from pipelines.files import file_sha256, human_bytes
 from pipelines.image_folder import check_name, walk_files
 
 WORKERS = 4  # files at a time
@@ -52,18 +52,31 @@ def push(folder: Path, url: str, *, workers: int = WORKERS) -> Pushed:
     total = sum((folder / name).stat().st_size for name in names)
     bar = ProgressBar(f"push {folder.name}", total, "B", scaled=True)
     pool = ThreadPoolExecutor(workers)
-    running: set[Future[tuple[str, Entry, bool]]] = set()
+    running: set[Future[tuple[int, bool]]] = set()
+    failed = threading.Event()
 
-    def one(name: str) -> tuple[str, Entry, bool]:
+    def one(name: str) -> tuple[int, bool]:
+        """Send a file if it is not there, and note it as done. Returns its bytes, and whether it was sent."""
+        if failed.is_set():
+            return 0, False
+        try:
+            entry, new = send(name)
+        except BaseException:
+            failed.set()
+            raise
+        done[name] = entry
+        return entry.bytes, new
+
+    def send(name: str) -> tuple[Entry, bool]:
         stamp = _stamp(folder / name)
-        entry = Entry(bytes=stamp[0], sha256=_sha256(folder / name))
+        entry = Entry(bytes=stamp[0], sha256=file_sha256(folder / name))
         known = there.get(name) == entry and sizes.get(address.below(name)) == entry.bytes
         if not known:
             with explained(f"{address}/{name}", address.scheme):
                 address.fs.put_file(str(folder / name), address.below(name))
             if _stamp(folder / name) != stamp:
                 raise ValueError(f"{folder / name}: changes while it is pushed; wait until nothing writes there")
-        return name, entry, not known
+        return entry, not known
 
     if before is None or before.complete:
         _write(address, _kept(there, names), complete=False)
@@ -76,14 +89,15 @@ def push(folder: Path, url: str, *, workers: int = WORKERS) -> Pushed:
                 break
             finished, running = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                name, entry, new = future.result()
-                done[name] = entry
+                size, new = future.result()
                 sent += new
-                bar.update(entry.bytes)
+                bar.update(size)
             if time.monotonic() - noted > NOTE_SECONDS:
                 _write(address, {**_kept(there, names), **done}, complete=False)
                 noted = time.monotonic()
     except BaseException:
+        failed.set()
+        pool.shutdown(wait=True, cancel_futures=True)  # what is under way is noted too
         with suppress(Exception):  # the connection may be what failed
             _write(address, {**_kept(there, names), **done}, complete=False)
         raise
@@ -123,11 +137,6 @@ def _stamp(path: Path) -> tuple[int, int]:
     """Another one after a file was written to."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sizes(address: Address) -> dict[str, int]:

@@ -18,7 +18,7 @@ from typing import IO, TypeVar
 
 from fastdcd.progress import ProgressBar
 from fastdcd.remote.listing import MANIFEST, Entry, Listing, list_files, manifest_of, read_manifest
-from pipelines.files import Lock, explain_full_disk, human_bytes, replace_file
+from pipelines.files import Lock, explain_full_disk, file_sha256, human_bytes, replace_file
 
 CHUNK = 1 << 23  # bytes of one request
 WORKERS = 8  # requests at a time
@@ -121,8 +121,7 @@ def _same(path: Path, entry: Entry | None) -> bool:
     """Whether a file certainly is what an entry says."""
     if entry is None or not entry.sha256 or not _is_there(path, entry):
         return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
+    return file_sha256(path) == entry.sha256
 
 
 def _is_there(path: Path, entry: Entry) -> bool:

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.index import DatasetIndex
+
 IMAGE, LABEL = "image", "label"  # the names of FFCV's ImageNet recipes
 RAW = 1  # ffcv.fields.rgb_image.IMAGE_MODES
 
@@ -66,6 +68,12 @@ class BetonLayout:
     raw: NDArray[np.bool_]
     pointers: NDArray[np.int64]
     lengths: NDArray[np.int64]
+
+    def is_of(self, index: DatasetIndex) -> bool:
+        """Whether an index says the same of where images lie and how large they are."""
+        pairs: list[tuple[NDArray[Any] | None, NDArray[Any]]]
+        pairs = [(index.offsets, self.pointers), (index.lengths, self.lengths), (index.sizes, self.sizes)]
+        return all(theirs is not None and np.array_equal(theirs, ours) for theirs, ours in pairs)
 
 
 def read_layout(path: Path) -> BetonLayout:

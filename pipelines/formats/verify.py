@@ -102,13 +102,8 @@ def _beton(
     path: Path, folder: Path, index: DatasetIndex, layout: beton.BetonLayout, spans: _Spans
 ) -> Iterator[Finding]:
     yield 0, _other_manifest(folder, index)
-    for ours, theirs in (
-        (index.offsets, layout.pointers),
-        (index.lengths, layout.lengths),
-        (index.sizes, layout.sizes),
-    ):
-        if ours is None or not np.array_equal(ours, theirs):
-            raise ValueError(f"{folder}: belongs to another file than {path.name}; {_AGAIN}")
+    if not layout.is_of(index):
+        raise ValueError(f"{folder}: belongs to another file than {path.name}; {_AGAIN}")
     for sample in np.flatnonzero(index.labels != layout.labels).tolist():
         yield 0, f"{path}: {index.names[sample]}: its label is {layout.labels[sample]}, was {index.labels[sample]}"
     for _, findings in _file_by_file(index, spans):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,9 +101,7 @@ def _read_index(path: Path, layout: BetonLayout, options: LoaderOptions) -> Data
     folder = index_folder(path)
     if folder.is_dir():
         index = DatasetIndex.load(folder)
-        pairs: list[tuple[NDArray[Any] | None, NDArray[Any]]]
-        pairs = [(index.offsets, layout.pointers), (index.lengths, layout.lengths), (index.sizes, layout.sizes)]
-        if not all(ours is not None and np.array_equal(ours, theirs) for ours, theirs in pairs):
+        if not layout.is_of(index):
             raise ValueError(f"{folder}: belongs to another file than {path.name}; copy both, or delete it")
         if not same_classes(options.classes, index.classes):
             raise ValueError(f"{path}: its classes differ from the list given; convert again with --classes")
