@@ -235,7 +235,7 @@ def _shared(found: Found, choice: Choice, run: str) -> tuple[str, str]:
 def _student(found: Found, choice: Choice, folder: Path) -> str:
     data, training = _shared(found, choice, "student")
     views = max(choice.epochs // 3, 1)
-    data += f"\n  count: {views}   # views of each image that the cache keeps; a third of the epochs loses nothing: docs/cache.md"
+    data += f"\n  count: {views}   # views of each image that the cache keeps; a third of the epochs, as docs/cache.md advises"
     imagenet = len(found.classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in found.classes)
     features_only = choice.published and not imagenet
     if choice.published:
